@@ -1,0 +1,183 @@
+"""`quantization_config` of converted checkpoints: experts quantised, everything else left alone.
+
+An engine quantises every linear layer that the config does not list, so the list has to name them
+all, under each name that an engine may look for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from moe_backend.checkpoint.layout import MoeLayer, natural, text_config
+from moe_backend.checkpoint.reader import Checkpoint
+from moe_backend.formats.nvfp4 import GROUP
+
+# The tools' releases whose layout is written here.
+MODELOPT_VERSION = "0.47.0"
+COMPRESSED_TENSORS_VERSION = "0.17.0"
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LAYER = re.compile(r"(?P<before>.*\blayers\.)(?P<index>\d+)\.(?P<rest>.+)")
+# Parts of a multi-token-prediction layer that stay outside of its `mtp_block`
+# (vLLM 0.32 `models/step3p5_mtp.py`, `models/deepseek_mtp.py`).
+_OUTSIDE_MTP_BLOCK = ("enorm", "hnorm", "eh_proj", "embed_tokens", "shared_head")
+
+
+def unquantised_modules(source: Checkpoint, layers: tuple[MoeLayer, ...]) -> list[str]:
+    """Names of all modules with a weight matrix that are not routed experts, in layer order.
+
+    Norms and embeddings are left out: no tool lists them. `lm_head` is always in: a tied one has
+    no tensor of its own.
+    """
+    experts = {module.name for layer in layers for module in layer.modules}
+    names = {"lm_head"}
+    for name, info in source.tensors.items():
+        module, _, kind = name.rpartition(".")
+        is_embedding = "embed" in module.rpartition(".")[2]
+        if kind == "weight" and len(info.shape) > 1 and not is_embedding and module not in experts:
+            names |= {module, *_mtp_names(module, source.config)}
+    return sorted(names, key=natural)
+
+
+def quantised_modules(source: Checkpoint, layers: tuple[MoeLayer, ...]) -> set[str]:
+    """Names of the experts' modules and, as vLLM asks for them, of each layer's as a whole."""
+    names = {module.name for layer in layers for module in layer.modules}
+    names |= {f"{layer.block}.experts" for layer in layers}
+    return names | {alias for name in names for alias in _mtp_names(name, source.config)}
+
+
+def _mtp_names(module: str, config: dict[str, Any]) -> list[str]:
+    """What vLLM calls a module of a multi-token-prediction layer, if `module` is in one."""
+    match = _LAYER.fullmatch(module)
+    depth = text_config(config).get("num_hidden_layers")
+    if match is None or depth is None or int(match["index"]) < depth:
+        return []
+    start = f"{match['before']}{match['index']}"
+    rest = match["rest"].removeprefix("transformer.")
+    rest = rest.replace("shared_head.output", "shared_head.head")
+    if rest.startswith(_OUTSIDE_MTP_BLOCK):
+        return [f"{start}.{rest}"]
+    return [f"{start}.mtp_block.{rest}"]
+
+
+def fp8_block_config(modules: list[str], block_shape: tuple[int, int]) -> dict[str, Any]:
+    """The fields of DeepSeek-V3's config.json, and the list of Step-3.5-Flash-FP8's.
+
+    That list names fused modules beside their parts, for engines that look for either.
+    """
+    names = set(modules)
+    for module in modules:
+        parent, _, last = module.rpartition(".")
+        for fused, parts in _FUSED.items():
+            if last == parts[0] and all(f"{parent}.{part}" in names for part in parts):
+                names.add(f"{parent}.{fused}")
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": sorted(names, key=natural),
+        "quant_method": "fp8",
+        "weight_block_size": list(block_shape),
+    }
+
+
+def modelopt_configs(
+    modules: list[str], quantised: set[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`quantization_config` and `hf_quant_config.json`, as modelopt's export writes both.
+
+    Args:
+        modules: names from `unquantised_modules`.
+        quantised: names from `quantised_modules`.
+
+    The producer is the dialect's: engines recognise hf_quant_config.json by it.
+    """
+    producer = {"name": "modelopt", "version": MODELOPT_VERSION}
+    excluded = summarise(modules, quantised)
+    four_bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
+    flat = {
+        "config_groups": {
+            "group_0": {
+                "input_activations": four_bits,
+                "weights": dict(four_bits),
+                "targets": ["Linear"],
+            }
+        },
+        "ignore": excluded,
+        "quant_algo": "NVFP4",
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+    nested = {
+        "producer": producer,
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": GROUP,
+            "exclude_modules": excluded,
+        },
+    }
+    return flat, nested
+
+
+def summarise(modules: Iterable[str], quantised: Iterable[str]) -> list[str]:
+    """Shorten names to `prefix*` or `prefix.*` where no quantised module has that prefix.
+
+    The same forms as modelopt 0.47 (`export/quant_utils.py`). `prefix*` is also a prefix of
+    `prefix0`, so `prefix.*` is the second choice, and the name itself the last.
+    """
+    taken = set(quantised)
+    prefixes = {name[:end] for name in taken for end in range(len(name) + 1)}
+    summary = set()
+    for module in modules:
+        for end in (i for i, letter in enumerate(module) if letter == "."):
+            prefix = module[:end]
+            if prefix not in prefixes:
+                summary.add(f"{prefix}*")
+                break
+            if f"{prefix}." not in prefixes and prefix not in taken:
+                summary.add(f"{prefix}.*")
+                break
+        else:
+            summary.add(module)
+    return sorted(summary)
+
+
+def compressed_tensors_config(modules: list[str]) -> dict[str, Any]:
+    """What compressed-tensors writes for llm-compressor's preset `NVFP4`."""
+    weights: dict[str, Any] = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": GROUP,
+        "num_bits": 4,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {},
+        "scale_dtype": "torch.float8_e4m3fn",
+        "strategy": "tensor_group",
+        "symmetric": True,
+        "type": "float",
+        "zp_dtype": None,
+    }
+    # "local": block scales are computed from each activation, the global scale is static.
+    activations = {**weights, "dynamic": "local", "observer": "static_minmax"}
+    group = {
+        "format": "nvfp4-pack-quantized",
+        "input_activations": activations,
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": weights,
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": "nvfp4-pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": modules,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": COMPRESSED_TENSORS_VERSION,
+    }

@@ -1,0 +1,141 @@
+"""The command `moe-backend`: doctor, verify, convert."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_backend import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; the exit code is 0 on success, 1 on a found fault, 2 on bad usage."""
+    parser = argparse.ArgumentParser(prog="moe-backend", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"moe-backend {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_doctor(commands)
+    _add_verify(commands)
+    _add_convert(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"moe-backend {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what this machine has and which kernels it can run, without a model"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_backend import doctor
+
+    report = doctor.examine()
+    console = Console()
+    facts = Table("what", "found", title="Machine", title_justify="left")
+    for name, value in report.facts.items():
+        facts.add_row(name, value)
+    console.print(facts)
+    layers = Table(
+        "format", "activation", "kernel", "why", title="Kernel per layer", title_justify="left"
+    )
+    for row in report.layers:
+        layers.add_row(row.format, row.activation, row.kernel, row.reason)
+    console.print(layers)
+    variables = Table(
+        "variable",
+        "value",
+        "what it does",
+        "when unset",
+        title="Environment variables",
+        title_justify="left",
+    )
+    for v in report.variables:
+        variables.add_row(v.name, v.value, v.meaning, v.unset)
+    console.print(variables)
+    for problem in report.problems:
+        console.print(f"[red]problem:[/red] {problem}")
+    if args.json:
+        args.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    return 1 if report.problems else 0
+
+
+# --- verify ---------------------------------------------------------------------------------------
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify", help="run every correctness case and every must-fail control of this machine"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small part of the cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--kernel", metavar="NAME", help="only this kernel")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from moe_backend.kernels.registry import kernel_named
+    from moe_backend.verify.run import run_cases, run_controls
+
+    if args.kernel is not None:
+        kernel_named(args.kernel)  # raises, naming the accepted ones
+    results = []
+    for result in run_cases(quick=args.quick, device=args.device, only=args.kernel):
+        results.append(result)
+        if not result.ok:
+            print(f"WRONG   {result.kernel}: {result.name}: relative L2 {result.rel_l2:.3g}")
+    caught = list(run_controls())
+    for control in caught:
+        if not control.caught:
+            print(f"UNCAUGHT {control.name}: relative L2 {control.rel_l2:.3g}")
+    wrong = sum(not r.ok for r in results)
+    uncaught = sum(not c.caught for c in caught)
+    for kernel in sorted({r.kernel for r in results}):
+        mine = [r for r in results if r.kernel == kernel]
+        worst = max(r.rel_l2 for r in mine)
+        print(f"{kernel}: {len(mine)} cases on {args.device}, worst relative L2 {worst:.2e}")
+    print(f"{len(results)} cases, {wrong} wrong; {len(caught)} controls, {uncaught} uncaught")
+    if args.json:
+        report = {
+            "cases": [asdict(r) for r in results],
+            "controls": [asdict(c) for c in caught],
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not results:
+        print("no kernel ran: nothing was verified", file=sys.stderr)
+        return 1
+    return 1 if wrong or uncaught else 0
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: Any) -> None:
+    from moe_backend.checkpoint.command import add_convert_arguments, run_convert
+
+    parser = commands.add_parser(
+        "convert", help="turn a bf16 checkpoint's experts into FP8 block or NVFP4"
+    )
+    add_convert_arguments(parser)
+    parser.set_defaults(run=run_convert)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

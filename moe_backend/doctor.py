@@ -1,0 +1,111 @@
+"""What `moe-backend doctor` finds, as data: the machine, the engine, the kernel of each layer."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from moe_backend import __version__, envs, plugin
+from moe_backend.formats import FORMATS
+from moe_backend.kernels.registry import LayerConfig, select
+from moe_backend.verify.problems import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Which kernel would run a layer of this format and activation."""
+
+    format: str
+    activation: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VariableRow:
+    name: str
+    value: str
+    meaning: str
+    unset: str
+
+
+@dataclass(frozen=True)
+class Report:
+    facts: dict[str, str]
+    layers: list[LayerRow]
+    variables: list[VariableRow]
+    problems: list[str]
+
+
+def examine() -> Report:
+    """Look at this machine; never raises for what it finds."""
+    facts = {
+        "moe-backend": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+    }
+    problems: list[str] = []
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name(0)
+    else:
+        facts["accelerator"] = "none"
+    facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Report(facts, _layers(device, problems), _variables(), problems)
+
+
+def _engine(problems: list[str]) -> tuple[str, str]:
+    """vLLM's version and whether our name is among its backends."""
+    try:
+        from moe_backend.engines import vllm
+
+        version = vllm.installed_version()
+    except ImportError as error:
+        return "not installed", f"no: {error}"
+    plugin.register()
+    if plugin.failure is not None:
+        problems.append(plugin.failure)
+        return version, f"no: {plugin.failure}"
+    _load_engine_kernels()
+    return version, "registered"
+
+
+def _load_engine_kernels() -> None:
+    """Let vLLM load its compiled ops, so that kernels which call them can be offered."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+
+def _layers(device: str, problems: list[str]) -> list[LayerRow]:
+    rows = []
+    for format_name in FORMATS:
+        for activation in ACTIVATIONS:
+            layer = LayerConfig(
+                format=format_name,
+                block_shape=(128, 128) if format_name == "fp8_block" else None,
+                num_experts=8,
+                num_local_experts=8,
+                top_k=2,
+                hidden_size=4096,
+                intermediate_size=1280,
+                activation=activation,
+                dtype="bfloat16",
+                device=device,
+            )
+            try:
+                selection = select(layer)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            rows.append(
+                LayerRow(format_name, str(activation), selection.kernel.name, selection.reason)
+            )
+    return rows
+
+
+def _variables() -> list[VariableRow]:
+    return [VariableRow(v.name, v.get() or "(unset)", v.meaning, v.unset) for v in envs.VARIABLES]

@@ -1,0 +1,1 @@
+"""Everything that knows an engine's private names, each with the versions it was checked on."""

@@ -1,0 +1,238 @@
+"""vLLM's stock quantisation methods, adopted: checked loading and canonical weights.
+
+A stock method creates and loads the parameters of one layer. Once it has selected our experts
+(`engines/vllm.py`), `adopt` gives it a subclass that records the loading, takes the tensors into
+canonical form, and hands them to `FusedMoE`. Parameter names checked on vLLM 0.30.0
+to 0.33.0 (read and run): `quantization/fp8.py`, `quantization/modelopt.py`,
+`quantization/compressed_tensors/.../compressed_tensors_moe_w4a4_nvfp4.py`,
+`fused_moe/unquantized_fused_moe_method.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.utils import replace_parameter
+
+from moe_backend.activation import Activation
+from moe_backend.engines.vllm_experts import BlockscaleExperts, unsupported
+from moe_backend.engines.vllm_loading import LoadRecord
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
+from moe_backend.formats.checks import expect_positive
+from moe_backend.fused_moe import FusedMoE
+from moe_backend.kernels.registry import LayerConfig
+
+logger = logging.getLogger("vllm.moe_backend")  # under vLLM's logger, so that its settings apply
+_logged: set[str] = set()  # layer descriptions already in the log
+
+
+def adopt(method: Any, prefix: str, quant_config: Any) -> Any:
+    """Give a stock method that selected our experts the loading that they need.
+
+    The method keeps its class's name: vLLM's weight loader decides by substrings of it
+    (`fused_moe/routed_experts.py`).
+
+    Raises:
+        ValueError: the method did not select our experts, or is of a kind never checked.
+    """
+    experts = getattr(method, "experts_cls", None)
+    if experts is None or not issubclass(experts, BlockscaleExperts):
+        raise unsupported(prefix, quant_config, f"{type(method).__name__} did not take our experts")
+    if type(method).__name__ not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise unsupported(prefix, quant_config, f"{type(method).__name__} is none of {known}")
+    method.__class__ = _adopted(type(method))  # type: ignore[arg-type]
+    return method
+
+
+@cache
+def _adopted(stock: type) -> type:
+    """A subclass of `stock`, of the same name, that checks loading and takes canonical weights."""
+    kind = _METHODS[stock.__name__]
+    base: Any = stock
+
+    def create_weights(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+        config = get_current_vllm_config()
+        record = LoadRecord(layer, kwargs["weight_loader"], config.load_config.load_format)
+        base.create_weights(self, layer, *args, **{**kwargs, "weight_loader": record})
+        record.expect_parameters(getattr(self, "weight_block_size", None))
+        layer.moe_backend_load_record = record
+        model = config.model_config
+        layer.moe_backend_eager = model is None or model.enforce_eager
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        record: LoadRecord = layer.moe_backend_load_record
+        record.check_complete()
+        if record.is_dummy:
+            _make_scales_positive(layer)
+        kept = kind.before(layer)
+        base.process_weights_after_loading(self, layer)
+        _prepare(layer, kind.after(layer, kept, self), self.moe_kernel.fused_experts)
+
+    namespace = {
+        "__module__": stock.__module__,
+        "create_weights": create_weights,
+        "process_weights_after_loading": process_weights_after_loading,
+        "supports_eplb": property(lambda self: True),
+        # vLLM can hand over weights saved in a kernel's layout; ours are always the checkpoint's.
+        "supports_pre_processed_weights": False,
+    }
+    return type(stock.__name__, (stock,), namespace)
+
+
+def _prepare(layer: Any, weights: Weights, experts: BlockscaleExperts) -> None:
+    """Build the layer's `FusedMoE` and say what runs."""
+    fused = FusedMoE(_layer_config(layer, weights), weights, where=f"{layer.layer_name}.")
+    kernel = fused.selection.kernel
+    if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
+        raise ValueError(
+            f"{layer.layer_name}: kernel {kernel.name} cannot be captured in a CUDA graph. "
+            "Serve with --enforce-eager."
+        )
+    _release_unread(layer, fused)
+    experts.fused_moe = fused
+    line = fused.describe()
+    if line not in _logged:
+        _logged.add(line)
+        logger.info("%s and layers like it: %s", layer.layer_name, line)
+
+
+def _layer_config(layer: Any, weights: Weights) -> LayerConfig:
+    config = layer.moe_config
+    return LayerConfig(
+        format=weights.name,
+        block_shape=weights.block_shape if isinstance(weights, Fp8BlockWeights) else None,
+        num_experts=layer.global_num_experts,
+        num_local_experts=layer.local_num_experts,
+        top_k=config.experts_per_token,
+        hidden_size=config.hidden_dim,
+        intermediate_size=config.intermediate_size_per_partition,
+        activation=Activation.from_name(
+            layer.activation.value,
+            limit=layer.swiglu_limit,
+            alpha=layer.swiglu_alpha,
+            beta=layer.swiglu_beta,
+        ),
+        dtype=str(config.in_dtype).removeprefix("torch."),
+        device=weights.w13.device.type,
+        expert_parallel=layer.expert_map is not None,
+        apply_router_weight_on_input=layer.apply_router_weight_on_input,
+    )
+
+
+def _release_unread(layer: Any, fused: FusedMoE) -> None:
+    """Free the checkpoint's weights where the kernel keeps its own layout of them.
+
+    vLLM still asks the parameters for their shapes, so a view without storage takes their place.
+    """
+    read = {t.data_ptr() for t in fused.tensors if t is not None}
+    for name in ("w13_weight", "w2_weight"):
+        parameter = getattr(layer, name)
+        if parameter.data_ptr() not in read:
+            replace_parameter(layer, name, parameter.data.new_empty(1).expand(parameter.shape))
+
+
+# --- From each method's parameters to canonical weights -------------------------------------------
+
+
+def _make_scales_positive(layer: Any) -> None:
+    """`--load-format dummy` fills scales with values of either sign; any positive number serves."""
+    for name, parameter in layer.named_parameters():
+        if "scale" in name:
+            parameter.data.copy_(parameter.data.float().abs().clamp(min=2.0**-6))
+
+
+def _nothing(layer: Any) -> None:
+    return None
+
+
+def _bf16(layer: Any, kept: None, method: Any) -> Weights:
+    return Bf16Weights(layer.w13_weight.data, layer.w2_weight.data)
+
+
+def _fp8_block(layer: Any, kept: None, method: Any) -> Weights:
+    # vLLM 0.31 and later refine the block shape for TP shards that miss the checkpoint's grid.
+    block = getattr(method, "moe_block_shape", None) or method.weight_block_size
+    return Fp8BlockWeights(
+        layer.w13_weight.data,
+        layer.w13_weight_scale_inv.data,
+        layer.w2_weight.data,
+        layer.w2_weight_scale_inv.data,
+        (block[0], block[1]),
+    )
+
+
+@dataclass(frozen=True)
+class _Nvfp4Scales:
+    """Global scales in decode direction, taken before vLLM drops the one of up."""
+
+    w13_global: torch.Tensor  # [E, 2]
+    w13_input: torch.Tensor  # [1]
+    w2_input: torch.Tensor  # [1]
+
+
+def _modelopt_scales(layer: Any) -> _Nvfp4Scales:
+    _expect_scales(layer, "weight_scale_2", "input_scale")
+    return _Nvfp4Scales(
+        layer.w13_weight_scale_2.data.float().clone(),
+        layer.w13_input_scale.data.float().amax().reshape(1),
+        layer.w2_input_scale.data.float().amax().reshape(1),
+    )
+
+
+def _compressed_tensors_scales(layer: Any) -> _Nvfp4Scales:
+    """This dialect stores encode-direction scales: the inverse, whose MAX is a minimum."""
+    _expect_scales(layer, "weight_global_scale", "input_global_scale")
+    return _Nvfp4Scales(
+        1.0 / layer.w13_weight_global_scale.data.float(),
+        1.0 / layer.w13_input_global_scale.data.float().amin().reshape(1),
+        1.0 / layer.w2_input_global_scale.data.float().amin().reshape(1),
+    )
+
+
+def _expect_scales(layer: Any, *names: str) -> None:
+    for name in names:
+        for stem in ("w13", "w2"):
+            expect_positive(f"{layer.layer_name}.{stem}_{name}", getattr(layer, f"{stem}_{name}"))
+
+
+def _nvfp4(layer: Any, kept: _Nvfp4Scales, method: Any) -> Weights:
+    # A parameter, so that EPLB moves it with its experts (`RoutedExperts.get_expert_weights`).
+    replace_parameter(layer, "moe_backend_w13_global_scale", kept.w13_global)
+    return Nvfp4Weights(
+        layer.w13_weight.data,
+        layer.w13_weight_scale.data,
+        layer.moe_backend_w13_global_scale.data,
+        layer.w2_weight.data,
+        layer.w2_weight_scale.data,
+        layer.w2_weight_scale_2.data.view(-1, 1),
+        kept.w13_input,
+        kept.w2_input,
+    )
+
+
+@dataclass(frozen=True)
+class _Method:
+    """How one stock method's parameters become canonical weights.
+
+    Attributes:
+        before: saves what vLLM's own processing drops or inverts.
+        after: builds the weights from the processed parameters.
+    """
+
+    before: Callable[[Any], Any]
+    after: Callable[[Any, Any, Any], Weights]
+
+
+_METHODS = {
+    "UnquantizedFusedMoEMethod": _Method(_nothing, _bf16),
+    "Fp8MoEMethod": _Method(_nothing, _fp8_block),
+    "ModelOptNvFp4FusedMoE": _Method(_modelopt_scales, _nvfp4),
+    "CompressedTensorsW4A4Nvfp4MoEMethod": _Method(_compressed_tensors_scales, _nvfp4),
+}

@@ -1,0 +1,28 @@
+"""Every environment variable that this package reads, in one table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: its name, what it does, and what happens when it is unset."""
+
+    name: str
+    meaning: str
+    unset: str
+
+    def get(self) -> str | None:
+        """The value, or None when unset or empty."""
+        return os.environ.get(self.name) or None
+
+
+KERNEL = Variable(
+    "MOE_BACKEND_KERNEL",
+    "use this kernel in every layer; a layer that it cannot run is refused",
+    "the fastest kernel that supports the layer",
+)
+
+VARIABLES = (KERNEL,)

@@ -1,0 +1,45 @@
+"""Checks that every format shares; each error names the tensor and the way out."""
+
+from __future__ import annotations
+
+import torch
+
+
+def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
+    """Raise ValueError unless `tensor` has exactly `shape`; `why` says what the shape follows."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} found, {shape} expected ({why}). "
+            "Check the checkpoint's config.json and the quantisation that wrote it."
+        )
+
+
+def expect_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless `tensor` has one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(_short(d) for d in dtypes)
+        raise ValueError(f"{name}: dtype {_short(tensor.dtype)} found, {accepted} accepted.")
+
+
+def expect_positive(name: str, scale: torch.Tensor, *, allow_zero: bool = False) -> None:
+    """Raise ValueError unless every scale is finite and positive.
+
+    Args:
+        scale: any shape, any float dtype (fp8 included).
+        allow_zero: a zero block scale is legal where its whole block is zero.
+    """
+    values = scale.float()
+    good = torch.isfinite(values) & ((values >= 0) if allow_zero else (values > 0))
+    if bool(good.all()):
+        return
+    bad = (~good).nonzero()
+    where = tuple(bad[0].tolist())
+    raise ValueError(
+        f"{name}: {len(bad)} of {values.numel()} scales are not finite and positive; the first is "
+        f"{values[where].item()} at index {where}. The scale is missing from the checkpoint or "
+        "corrupt: convert the checkpoint again (`moe-backend convert`)."
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

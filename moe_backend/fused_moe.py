@@ -1,0 +1,126 @@
+"""The experts of one layer: pick a kernel, prepare the weights once, apply per step.
+
+Engine-neutral: an engine hands in canonical weights and a `LayerConfig`, and calls the result with
+hidden states and routing. Under torch.compile the call is one opaque op whose arguments are all
+the tensors that it reads, so a compiled graph always sees the layer's present weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import lru_cache
+
+import torch
+
+from moe_backend.formats import Weights
+from moe_backend.kernels.registry import Kernel, LayerConfig, Selection, kernel_named, select
+
+logger = logging.getLogger("moe_backend")
+
+
+class FusedMoE:
+    """The prepared experts of one layer on one rank."""
+
+    def __init__(
+        self, layer: LayerConfig, weights: Weights, *, kernel: str | None = None, where: str = ""
+    ) -> None:
+        """Validate, select and prepare.
+
+        Args:
+            layer: static facts of the layer.
+            weights: canonical weights; the tensors may be kept, not copied.
+            kernel: name of the kernel to use; None lets the registry choose.
+            where: the layer's name, a prefix for error messages.
+
+        Raises:
+            ValueError: a tensor is malformed, or no kernel runs this layer.
+        """
+        weights.validate(where)
+        _check_sizes(layer, weights, where)
+        self.layer = layer
+        self.selection: Selection = select(layer, kernel)
+        self.tensors = self.selection.kernel.prepare(weights)
+        self.plan = json.dumps(
+            {"kernel": self.selection.kernel.name, "layer": layer.to_dict()}, sort_keys=True
+        )
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weighted sum of the experts' outputs.
+
+        Args:
+            x: `[T, H]` hidden states.
+            topk_weights: `[T, top_k]` float32, renormalised and scaled.
+            topk_ids: `[T, top_k]` int32 global ids, -1 allowed.
+            expert_map: `[num_experts]` int32 global id to local slot or -1; None without EP.
+        Returns:
+            `[T, H]` in `x.dtype`.
+        """
+        return torch.ops.moe_backend.fused_experts(
+            x, topk_weights, topk_ids, expert_map, self.tensors, self.plan
+        )
+
+    def describe(self) -> str:
+        """Format, layout, kernel and the reason, for the log; the same for equal layers."""
+        layer = self.layer
+        block = (
+            "" if layer.block_shape is None else f" {layer.block_shape[0]}x{layer.block_shape[1]}"
+        )
+        experts = f"{layer.num_local_experts}/{layer.num_experts} experts"
+        return (
+            f"format={layer.format}{block} layout={experts}, top-{layer.top_k}, "
+            f"hidden {layer.hidden_size}, intermediate {layer.intermediate_size} "
+            f"activation={layer.activation} kernel={self.selection.kernel.name} "
+            f"activations={self.selection.kernel.activations} ({self.selection.reason})"
+        )
+
+
+def _check_sizes(layer: LayerConfig, weights: Weights, where: str) -> None:
+    """The tensors must have the sizes that the engine's configuration promises."""
+    for label, found, expected in (
+        ("experts", weights.num_experts, layer.num_local_experts),
+        ("hidden size", weights.hidden_size, layer.hidden_size),
+        ("intermediate size", weights.intermediate_size, layer.intermediate_size),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{where}w13_weight has {label} {found}, the model's configuration says "
+                f"{expected}. Check that config.json belongs to this checkpoint."
+            )
+
+
+@lru_cache(maxsize=1024)
+def _decode_plan(plan: str) -> tuple[Kernel, LayerConfig]:
+    data = json.loads(plan)
+    return kernel_named(data["kernel"]), LayerConfig.from_dict(data["layer"])
+
+
+@torch.library.custom_op("moe_backend::fused_experts", mutates_args=())
+def _fused_experts_op(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    tensors: list[torch.Tensor | None],
+    plan: str,
+) -> torch.Tensor:
+    kernel, layer = _decode_plan(plan)
+    return kernel.apply(layer, tensors, x, topk_weights, topk_ids, expert_map)
+
+
+@_fused_experts_op.register_fake
+def _(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    tensors: list[torch.Tensor | None],
+    plan: str,
+) -> torch.Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,1 @@
+"""Kernels: one module or folder per provider, chosen by `registry`."""

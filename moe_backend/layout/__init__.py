@@ -1,0 +1,1 @@
+"""Who owns what: token routing and expert ownership."""

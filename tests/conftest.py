@@ -1,0 +1,56 @@
+"""Settings that vLLM reads at import, and the one distributed environment of the test process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny_step" / "checkpoint"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU; none is visible to torch here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The trained bf16 model of examples/tiny_step."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """vLLM's distributed groups for one process, as its layers need them."""
+    pytest.importorskip("vllm")
+    from moe_backend import plugin
+
+    plugin.register()
+    assert plugin.failure is None
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm_layers import vllm_config
+
+    with set_current_vllm_config(vllm_config()):
+        init_distributed_environment(
+            world_size=1,
+            rank=0,
+            local_rank=0,
+            distributed_init_method=f"file://{tmp_path_factory.mktemp('dist') / 'store'}",
+            backend="gloo",
+        )
+        initialize_model_parallel(1, 1)

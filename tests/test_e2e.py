@@ -1,0 +1,188 @@
+"""The trained model through vLLM with our backend: every dialect, offline and over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**ENVIRONMENT, **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory):
+    """Folder of each dialect of the tiny model, converted on first use."""
+    from moe_backend import cli
+
+    root = tmp_path_factory.mktemp("converted")
+    made: dict[str, Path] = {"bf16": tiny}
+
+    def folder(dialect: str) -> Path:
+        if dialect not in made:
+            made[dialect] = root / dialect
+            assert cli.main(["convert", str(tiny), str(made[dialect]), "--to", dialect]) == 0
+        return made[dialect]
+
+    return folder
+
+
+def test_accuracy_of_every_dialect(tmp_path):
+    """The command of the README, on a part of the prompts."""
+    out = tmp_path / "accuracy.json"
+    result = run(str(EXAMPLES / "accuracy.py"), "--prompts", "300", "--json", str(out))
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    accuracy = json.loads(out.read_text())["accuracy"]
+    assert set(accuracy) == {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    assert accuracy["bf16"] >= 97
+    assert "NVFP4 dialects answer alike: True" in result.stdout
+
+
+def test_simple_inference_prints_answers_layers_and_speed():
+    result = run(str(EXAMPLES / "simple_inference.py"))
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "  right" in result.stdout
+    assert "WRONG" not in result.stdout
+    assert re.search(r"activation=swiglustep\(limit=7.0\) kernel=\w+", result.stdout)
+    assert "tokens/s" in result.stdout
+
+
+def test_simple_inference_fails_on_a_wrong_answer(converted, tmp_path):
+    """The clamp dropped: a model whose config calls its swiglustep layers plain silu."""
+    broken = tmp_path / "unclamped"
+    broken.mkdir()
+    for file in converted("bf16").iterdir():
+        (broken / file.name).symlink_to(file)
+    config = json.loads((broken / "config.json").read_text())
+    config["swiglu_limits"] = [0.0] * len(config["swiglu_limits"])
+    (broken / "config.json").unlink()
+    (broken / "config.json").write_text(json.dumps(config))
+    result = run(str(EXAMPLES / "simple_inference.py"), str(broken))
+    assert "WRONG" in result.stdout
+    assert "swiglustep" not in result.stdout
+    assert result.returncode == 1
+
+
+def test_torch_compile(converted):
+    """Without --enforce-eager vLLM compiles the model; the experts are one opaque op in it."""
+    code = f"""
+from vllm import LLM, SamplingParams
+llm = LLM({str(converted("bf16"))!r}, moe_backend="blockscale", max_model_len=256)
+out = llm.generate(["1+2+3="], SamplingParams(temperature=0, max_tokens=8))
+print("ANSWER", repr(out[0].outputs[0].text))
+"""
+    result = run("-c", code, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert "ANSWER '6'" in result.stdout, result.stdout + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dialect", ["bf16", "fp8-block"])
+def test_vllm_serve_answers_over_http(dialect, converted, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    model = str(converted(dialect))
+    log = tmp_path / "serve.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    command += ["--moe-backend", "blockscale", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", "--max-model-len", "256", "--served-model-name", "tiny"]
+    with log.open("w") as sink:
+        server = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+        )
+    try:
+        body = {"model": "tiny", "prompt": "1+2+3=", "temperature": 0, "max_tokens": 8}
+        text = post(f"http://127.0.0.1:{port}/v1/completions", body, server, log)
+        assert text["choices"][0]["text"] == "6"
+    finally:
+        server.terminate()
+        server.wait(30)
+    written = log.read_text()
+    assert "kernel=" in written
+    assert "swiglustep(limit=7.0)" in written
+
+
+def post(url: str, body: dict, server: subprocess.Popen, log: Path, seconds: float = 180) -> dict:
+    """POST until the server is up."""
+    deadline = time.monotonic() + seconds
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+# --- Bad checkpoints stop the server before it serves -------------------------------------------
+
+
+def serve_error(folder: Path) -> str:
+    """What `LLM(folder)` fails with; fails itself if it loads."""
+    code = f"""
+from vllm import LLM
+LLM({str(folder)!r}, moe_backend="blockscale", max_model_len=256, enforce_eager=True)
+print("LOADED")
+"""
+    result = run("-c", code, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert result.returncode != 0
+    assert "LOADED" not in result.stdout
+    return result.stdout + result.stderr
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_truncated_checkpoint(converted, tmp_path):
+    folder = copy_of(converted("bf16"), tmp_path / "truncated")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "model.safetensors" in serve_error(folder)
+
+
+def test_wrong_expert_count(converted, tmp_path):
+    folder = copy_of(converted("bf16"), tmp_path / "experts")
+    config = json.loads((folder / "config.json").read_text())
+    config["moe_num_experts"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    error = serve_error(folder)
+    assert re.search(r"8 experts found.*16", error)
+
+
+def test_missing_scale(converted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of(converted("fp8-block"), tmp_path / "scale")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("up_proj.weight_scale_inv"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    assert name in serve_error(folder)

@@ -1,0 +1,123 @@
+"""The checks themselves: they pass what is right and flag every control."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_backend import cli
+from moe_backend.kernels.reference import fused_experts
+from moe_backend.verify.controls import controls
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import Case, build, cases
+from moe_backend.verify.run import REL_L2_FP32, passes, run_cases, run_controls
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda c: c.name)
+def test_reference_in_fp32_equals_float64(case):
+    p = build(case)
+    out = fused_experts(
+        p.x.float(), p.weights, p.topk_weights, p.topk_ids, case.activation, p.expert_map
+    )
+    assert difference(out, p.reference).within(REL_L2_FP32, norm=1e-5)
+
+
+def test_every_case_on_every_kernel():
+    results = list(run_cases())
+    assert len(results) >= len(list(cases()))
+    assert [r for r in results if not r.ok] == []
+
+
+@pytest.mark.parametrize("control", controls(), ids=lambda c: c.name)
+def test_control_is_caught(control):
+    out, problem = control.outcome()
+    found = difference(out, problem.reference)
+    assert not passes(found, problem.case)
+
+
+@pytest.mark.parametrize("control", controls(), ids=lambda c: c.name)
+def test_control_is_right_but_for_its_fault(control):
+    """The same problem through the sound kernel passes, so it is the fault that is caught."""
+    p = build(control.case)
+    out = fused_experts(
+        p.x,
+        p.weights,
+        p.topk_weights,
+        p.topk_ids,
+        p.case.activation,
+        p.expert_map,
+        compute_dtype=torch.bfloat16,
+    )
+    assert passes(difference(out, p.reference), p.case)
+
+
+def test_metrics_see_what_cosine_does_not():
+    reference = torch.randn(8, 32)
+    scaled = difference(reference * 13, reference)
+    assert scaled.norm_ratio == pytest.approx(13)
+    assert not scaled.within(1.0)
+    assert difference(reference, reference).equal
+    assert not difference(reference * torch.nan, reference).within(1e9)
+    assert not difference(reference + torch.inf, reference).finite
+
+
+def test_metrics_of_zeros_and_shapes():
+    zero = torch.zeros(2, 3)
+    assert difference(zero, zero).within(0.0)
+    assert not difference(zero + 1, zero).within(1e9)
+    with pytest.raises(ValueError, match="shapes differ"):
+        difference(zero, zero[:1])
+
+
+def test_empty_batch():
+    p = build(replace(Case("bf16", next(iter(cases())).activation), tokens=0))
+    assert fused_experts(p.x, p.weights, p.topk_weights, p.topk_ids, p.case.activation).shape == (
+        0,
+        128,
+    )
+
+
+def test_command_writes_json(tmp_path, capsys):
+    out = tmp_path / "verify.json"
+    assert cli.main(["verify", "--quick", "--kernel", "reference", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert {"name", "kernel", "format", "layout", "rel_l2", "norm_ratio", "finite", "ok"} <= set(
+        report["cases"][0]
+    )
+    assert all(c["caught"] for c in report["controls"])
+    assert "0 wrong" in capsys.readouterr().out
+
+
+def test_command_fails_on_a_wrong_kernel(monkeypatch, capsys):
+    from moe_backend.kernels import reference
+
+    monkeypatch.setattr(
+        reference.ReferenceKernel, "apply", lambda self, layer, tensors, x, *rest: x * 0.5
+    )
+    assert cli.main(["verify", "--quick", "--kernel", "reference"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_command_fails_on_an_uncaught_control(monkeypatch, capsys):
+    from moe_backend.verify import run
+
+    sound = controls()[0]
+    monkeypatch.setattr(
+        run,
+        "controls",
+        lambda: [replace(sound, name="sound", run=lambda p: p.reference.bfloat16())],
+    )
+    assert cli.main(["verify", "--quick"]) == 1
+    assert "UNCAUGHT sound" in capsys.readouterr().out
+
+
+def test_command_refuses_an_unknown_kernel(capsys):
+    assert cli.main(["verify", "--kernel", "nonesuch"]) == 1
+    assert "accepted: vllm_cpu, reference" in capsys.readouterr().err
+
+
+def test_results_of_controls_name_them():
+    assert {r.name for r in run_controls()} == {c.name for c in controls()}

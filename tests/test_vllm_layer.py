@@ -1,0 +1,259 @@
+"""Every format and activation through vLLM's own layer, loader and modular kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.usefixtures("vllm_world")
+
+from vllm_layers import DIALECTS, checkpoint_tensors, format_of, make_layer
+
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import ACTIVATIONS, Case, build
+from moe_backend.verify.run import REL_L2
+
+
+def case_of(dialect, activation=ACTIVATIONS[1]):
+    return Case(format_of(dialect), activation, intermediate_size=384)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: str(a.kind))
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_layer_matches_reference(dialect, activation):
+    problem = build(case_of(dialect, activation))
+    layer = make_layer(problem, dialect)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    out = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    assert difference(out, problem.reference).within(REL_L2)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_integer_data_is_exact(dialect):
+    problem = build(replace(case_of(dialect), integer=True, layout="dropped"))
+    layer = make_layer(problem, dialect)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    out = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    assert torch.equal(out, problem.reference.bfloat16())
+
+
+def test_both_nvfp4_dialects_agree_bit_for_bit():
+    problem = build(Case("nvfp4", ACTIVATIONS[1], tokens=33))
+    outputs = []
+    for dialect in ("nvfp4_modelopt", "nvfp4_ct"):
+        layer = make_layer(problem, dialect)
+        layer.load(problem.weights, dialect)
+        layer.finish()
+        outputs.append(layer(problem.x, problem.topk_weights, problem.topk_ids))
+    # 1/(1/g) may differ from g in the last bit of fp32, which bf16 outputs do not show.
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_experts_moved_in_place_are_read_in_place(dialect):
+    """EPLB swaps experts inside the parameters; the next call must see it."""
+    problem = build(case_of(dialect))
+    layer = make_layer(problem, dialect)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    assert layer.experts.quant_method.supports_eplb
+    before = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    for weight in layer.experts.get_expert_weights():
+        weight[[0, 1]] = weight[[1, 0]]
+    swapped = problem.topk_ids.clone()
+    swapped[problem.topk_ids == 0] = 1
+    swapped[problem.topk_ids == 1] = 0
+    assert not torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), before)
+    assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dummy_weights_give_finite_output(dialect):
+    problem = build(case_of(dialect))
+    layer = make_layer(problem, dialect, load_format="dummy")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.experts.parameters():
+        # As vLLM's dummy loader: small values of either sign, scales included.
+        values = torch.empty(parameter.shape).uniform_(-1e-3, 1e-3, generator=generator)
+        parameter.data.copy_(values.to(parameter.dtype))
+    layer.finish()
+    out = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    assert out.isfinite().all()
+
+
+def test_other_backends_are_untouched():
+    """The stock CPU experts still serve a layer that does not ask for us."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "prepack_moe_weight"):
+        pytest.skip("this vLLM has no compiled code, so its own CPU experts cannot run")
+    problem = build(Case("bf16", ACTIVATIONS[0]))
+    layer = make_layer(problem, "bf16", backend="auto")
+    assert layer.experts.quant_method.experts_cls.__module__.startswith("vllm.")
+    layer.load(problem.weights, "bf16")
+    layer.finish()
+    out = layer(problem.x, problem.topk_weights, problem.topk_ids.abs())
+    assert difference(out, problem.reference).within(2e-2)
+
+
+def test_layer_says_what_it_runs(caplog):
+    import logging
+
+    from moe_backend.engines import vllm_methods
+
+    vllm_methods._logged.clear()
+    problem = build(case_of("fp8_block"))
+    layer = make_layer(problem, "fp8_block")
+    layer.load(problem.weights, "fp8_block")
+    caplog.set_level(logging.INFO)
+    logging.getLogger("vllm").propagate = True
+    layer.finish()
+    (line,) = {m for m in caplog.messages if "kernel=" in m}
+    for part in ("fp8_block 128x128", "swiglustep(limit=7.0)", "kernel=reference", "8/8 experts"):
+        assert part in line
+
+
+# --- What is wrong with a checkpoint is said before serving --------------------------------------
+
+
+def load_with(dialect, change):
+    """Load a good checkpoint with one tensor changed (None drops it), then finish."""
+    problem = build(case_of(dialect))
+    layer = make_layer(problem, dialect)
+    for name, shard, expert, tensor in checkpoint_tensors(problem.weights, dialect):
+        changed = change(name, shard, expert, tensor.clone())
+        if changed is not None:
+            layer.load_one(name, shard, expert, changed)
+    layer.finish()
+
+
+def at(name, shard, expert, value):
+    """A change of the one tensor `(name, shard, expert)`."""
+
+    def change(n, s, e, tensor):
+        return value(tensor) if (n, s, e) == (name, shard, expert) else tensor
+
+    return change
+
+
+SCALES = {
+    "fp8_block": ["w13_weight_scale_inv", "w2_weight_scale_inv"],
+    "nvfp4_modelopt": [
+        "w13_weight_scale",
+        "w13_weight_scale_2",
+        "w13_input_scale",
+        "w2_weight_scale_2",
+    ],
+    "nvfp4_ct": ["w13_weight_scale", "w13_weight_global_scale", "w2_input_global_scale"],
+}
+EVERY_SCALE = [(d, n) for d, names in SCALES.items() for n in names]
+
+
+def shard_of(name):
+    return "w2" if name.startswith("w2") else "w3"
+
+
+@pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
+def test_missing_scale(dialect, name):
+    with pytest.raises(ValueError, match=rf"{name}.*expert|{name}.*no .* tensor"):
+        load_with(dialect, at(name, shard_of(name), 3, lambda t: None))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_missing_weight(dialect):
+    name = "w13_weight_packed" if dialect == "nvfp4_ct" else "w13_weight"
+    with pytest.raises(ValueError, match=rf"{name}: the checkpoint has no up tensor .*\(5\)"):
+        load_with(dialect, at(name, "w3", 5, lambda t: None))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
+def test_bad_scale_value(dialect, name, bad):
+    if name.endswith("weight_scale") and bad in (0.0, float("inf")):
+        pytest.skip("a zero block scale is legal in NVFP4, and E4M3 has no infinity")
+
+    def spoil(t):
+        t.view(-1)[-1] = bad
+        return t
+
+    with pytest.raises(ValueError, match=rf"{name.replace('weight_scale_2', '.*')}|scale"):
+        load_with(dialect, at(name, shard_of(name), 2, spoil))
+
+
+@pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
+def test_scale_of_wrong_shape(dialect, name):
+    with pytest.raises(ValueError, match=f"{name}, shard w[23], expert 2: .*shape .* expected"):
+        load_with(dialect, at(name, shard_of(name), 2, lambda t: t.new_ones(3, 7)))
+
+
+@pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
+def test_scale_of_wrong_dtype(dialect, name):
+    with pytest.raises(ValueError, match=f"{name}, shard w[23], expert 2: .*int32; accepted"):
+        load_with(dialect, at(name, shard_of(name), 2, lambda t: t.to(torch.int32)))
+
+
+def test_bf16_weights_in_a_quantised_checkpoint():
+    with pytest.raises(ValueError, match=r"w2_weight, .*bfloat16; accepted: torch.float8_e4m3fn"):
+        load_with("fp8_block", at("w2_weight", "w2", 0, lambda t: t.to(torch.bfloat16)))
+
+
+def test_intermediate_size_off_the_block_grid():
+    problem = build(Case("fp8_block", ACTIVATIONS[1], intermediate_size=192))
+    with pytest.raises(ValueError, match="192 is not a multiple of its FP8 block 128"):
+        make_layer(problem, "fp8_block")
+
+
+def test_wrong_weight_shape():
+    with pytest.raises(ValueError, match=r"w13_weight, shard w1, expert 0: .*\(100, 128\)"):
+        load_with("bf16", at("w13_weight", "w1", 0, lambda t: t[:100]))
+
+
+# --- What the backend cannot serve is refused ----------------------------------------------------
+
+
+def test_unknown_activation():
+    problem = build(Case("bf16", ACTIVATIONS[0]))
+    with pytest.raises(ValueError, match=r"activation 'gelu'.*accepted: silu, swiglustep"):
+        make_layer(problem, "bf16", activation="gelu")
+
+
+def test_expert_bias():
+    problem = build(Case("bf16", ACTIVATIONS[0]))
+    with pytest.raises(ValueError, match="biases on the experts"):
+        make_layer(problem, "bf16", has_bias=True)
+
+
+def unsupported_configs():
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
+
+    yield "per-tensor fp8", Fp8Config(True, "dynamic")
+    yield "mxfp4", Mxfp4Config()
+    weight_only = ModelOptNvFp4Config.from_config(
+        {
+            "quantization": {
+                "quant_algo": "W4A16_NVFP4",
+                "group_size": 16,
+                "kv_cache_quant_algo": None,
+                "exclude_modules": [],
+            }
+        }
+    )
+    yield "nvfp4 w4a16", weight_only
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_unsupported_quantisation(which):
+    _, config = list(unsupported_configs())[which]
+    problem = build(Case("bf16", ACTIVATIONS[0]))
+    with pytest.raises(
+        ValueError, match=r"--moe-backend blockscale cannot serve .*Supported: bf16"
+    ):
+        make_layer(problem, "bf16", quant_config=config)
