@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -91,9 +92,12 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from moe_backend.engines import vllm
     from moe_backend.kernels.registry import kernel_named
     from moe_backend.verify.run import run_cases, run_controls
 
+    with contextlib.suppress(ImportError):  # without vLLM, fewer kernels are verified
+        vllm.load_kernels()
     if args.kernel is not None:
         kernel_named(args.kernel)  # raises, naming the accepted ones
     results = []

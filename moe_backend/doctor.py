@@ -69,15 +69,8 @@ def _engine(problems: list[str]) -> tuple[str, str]:
     if plugin.failure is not None:
         problems.append(plugin.failure)
         return version, f"no: {plugin.failure}"
-    _load_engine_kernels()
+    vllm.load_kernels()
     return version, "registered"
-
-
-def _load_engine_kernels() -> None:
-    """Let vLLM load its compiled ops, so that kernels which call them can be offered."""
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
 
 
 def _layers(device: str, problems: list[str]) -> list[LayerRow]:

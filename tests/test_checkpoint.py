@@ -78,6 +78,15 @@ def write(folder, tensors, **config):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are too small to share out, and threads that wait cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory):
     return write(tmp_path_factory.mktemp("source") / "bf16", step_tensors())

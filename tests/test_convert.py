@@ -12,20 +12,31 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import EXPERTS, HIDDEN, TARGETS, one_by_one, projections, step_tensors, write
 
+from moe_backend.checkpoint import TARGETS as TARGET_DIALECTS
 from moe_backend.checkpoint import (
     Checkpoint,
     CheckpointError,
     add_convert_arguments,
     convert,
+    find_moe_layers,
     preflight,
     run_convert,
 )
 from moe_backend.checkpoint.command import parse_size
-from moe_backend.checkpoint.configs import summarise
+from moe_backend.checkpoint.configs import summarise, write_configs
 from moe_backend.checkpoint.writer import CheckpointWriter, OutputTensor
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 NVFP4 = ("nvfp4-modelopt", "nvfp4-ct")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are too small to share out, and threads that wait cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +163,7 @@ def test_input_scales_are_one(converted):
         assert ct[f"{block}.experts.{expert}.{name}.input_global_scale"].tolist() == [1.0]
 
 
+@torch.compiler.set_stance("force_eager")  # the library compiles its rounding
 def test_against_compressed_tensors_own_code(converted):
     """Its decoder reads our codes, and its encoder makes the same ones from our scales."""
     pytest.importorskip("compressed_tensors")
@@ -160,18 +172,23 @@ def test_against_compressed_tensors_own_code(converted):
     from compressed_tensors.quantization.quant_scheme import NVFP4 as PRESET
 
     source = step_tensors()
-    for block, name, expert in experts():
+    for block, name, expert in list(experts())[::3]:
         weight = source[f"{block}.{name}.weight"][expert].float()
         packed, scale, global_scale, _ = (
             converted["nvfp4-ct"][f"{block}.experts.{expert}.{name}.{kind}"] for kind in CT_KINDS
         )
+        scale = scale.float()
         codes = unpack_fp4_from_uint8(packed, *weight.shape, dtype=torch.float32)
-        decoded = dequantize(codes, scale.float(), global_scale=global_scale, dtype=torch.float32)
+        decoded = dequantize(codes, scale, global_scale=global_scale, dtype=torch.float32)
         ours = decode_expert("nvfp4-ct", converted["nvfp4-ct"], block, name, expert)
         torch.testing.assert_close(decoded, ours, rtol=1e-6, atol=0)
-        values = quantize(weight, scale.float(), None, PRESET["weights"], global_scale=global_scale)
-        # Where a value lies on a midpoint, the rounding of the division decides.
-        assert (pack_fp4_to_uint8(values) != packed).float().mean() < 1e-3
+        values = quantize(weight, scale, None, PRESET["weights"], global_scale=global_scale)
+        assert torch.equal(pack_fp4_to_uint8(codes), packed)
+        # bf16 weights often lie midway between two codes, where the last bit of the step decides.
+        step = scale.repeat_interleave(16, -1) / global_scale
+        midway = ((values - weight / step).abs() - (codes - weight / step).abs()).abs() < 1e-5
+        assert ((values == codes) | midway).all()
+        assert (values != codes).float().mean() < 5e-3
 
 
 def test_weights_of_zeros_and_tiny_weights(tmp_path):
@@ -349,9 +366,9 @@ def test_vllm_quantises_experts_and_nothing_else(tmp_path, target, style):
     tensors = step_tensors(layers=(1, 2, 10, 11))
     if style == "one by one":
         tensors = one_by_one(tensors)
-    source = write(tmp_path / "bf16", tensors, num_hidden_layers=11)
-    convert(source, tmp_path / "out", target)
-    stated = configuration(tmp_path / "out")["quantization_config"]
+    source = Checkpoint.open(write(tmp_path / "bf16", tensors, num_hidden_layers=11))
+    write_configs(source, find_moe_layers(tensors), TARGET_DIALECTS[target], tmp_path)
+    stated = configuration(tmp_path)["quantization_config"]
 
     def skipped(prefix):
         if target == "fp8-block":
@@ -446,8 +463,10 @@ def leftovers(folder):
     return sorted(f.name for f in folder.iterdir())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "bad"),
+    [("fp8-block", float("nan")), ("nvfp4-modelopt", float("inf")), ("nvfp4-ct", -float("inf"))],
+)
 def test_weight_that_is_not_finite_is_named(tmp_path, target, bad):
     tensors = step_tensors()
     tensors["model.layers.2.moe.down_proj.weight"][3, 5, 7] = bad

@@ -88,9 +88,9 @@ def test_dummy_weights_give_finite_output(dialect):
 
 def test_other_backends_are_untouched():
     """The stock CPU experts still serve a layer that does not ask for us."""
-    from vllm.platforms import current_platform
+    from moe_backend.engines.vllm import load_kernels
 
-    current_platform.import_kernels()
+    load_kernels()
     if not hasattr(torch.ops._C, "prepack_moe_weight"):
         pytest.skip("this vLLM has no compiled code, so its own CPU experts cannot run")
     problem = build(Case("bf16", ACTIVATIONS[0]))
@@ -196,6 +196,16 @@ def test_scale_of_wrong_shape(dialect, name):
 def test_scale_of_wrong_dtype(dialect, name):
     with pytest.raises(ValueError, match=f"{name}, shard w[23], expert 2: .*int32; accepted"):
         load_with(dialect, at(name, shard_of(name), 2, lambda t: t.to(torch.int32)))
+
+
+@pytest.mark.parametrize("dialect", ["bf16", "fp8_block"])
+def test_nan_weight(dialect):
+    def spoil(t):
+        t.view(-1)[7] = float("nan")
+        return t
+
+    with pytest.raises(ValueError, match=r"w2_weight: NaN or infinity in 1 of 8 experts.* is 5"):
+        load_with(dialect, at("w2_weight", "w2", 5, spoil))
 
 
 def test_bf16_weights_in_a_quantised_checkpoint():

@@ -6,10 +6,13 @@ all, under each name that an engine may look for.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from moe_backend.checkpoint.dialects import HF_QUANT_CONFIG, Dialect
 from moe_backend.checkpoint.layout import MoeLayer, natural, text_config
 from moe_backend.checkpoint.reader import Checkpoint
 from moe_backend.formats.nvfp4 import GROUP
@@ -23,6 +26,25 @@ _LAYER = re.compile(r"(?P<before>.*\blayers\.)(?P<index>\d+)\.(?P<rest>.+)")
 # Parts of a multi-token-prediction layer that stay outside of its `mtp_block`
 # (vLLM 0.32 `models/step3p5_mtp.py`, `models/deepseek_mtp.py`).
 _OUTSIDE_MTP_BLOCK = ("enorm", "hnorm", "eh_proj", "embed_tokens", "shared_head")
+
+
+def write_configs(
+    source: Checkpoint, layers: tuple[MoeLayer, ...], target: Dialect, folder: Path
+) -> None:
+    """Write `source`'s config.json, with the target's `quantization_config`, to `folder`."""
+    modules = unquantised_modules(source, layers)
+    if target.name == "fp8-block":
+        stated = fp8_block_config(modules, target.block_shape)
+    elif target.name == "nvfp4-ct":
+        stated = compressed_tensors_config(modules)
+    else:
+        stated, nested = modelopt_configs(modules, quantised_modules(source, layers))
+        _write_json(folder / HF_QUANT_CONFIG, nested)
+    _write_json(folder / "config.json", {**source.config, "quantization_config": stated})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unquantised_modules(source: Checkpoint, layers: tuple[MoeLayer, ...]) -> list[str]:

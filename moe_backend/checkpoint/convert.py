@@ -7,7 +7,6 @@ checkpoint is written beside its destination and renamed when it is complete and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,14 +18,8 @@ from pathlib import Path
 
 import torch
 
-from moe_backend.checkpoint.configs import (
-    compressed_tensors_config,
-    fp8_block_config,
-    modelopt_configs,
-    quantised_modules,
-    unquantised_modules,
-)
-from moe_backend.checkpoint.dialects import HF_QUANT_CONFIG, Dialect, read_quantisation
+from moe_backend.checkpoint.configs import write_configs
+from moe_backend.checkpoint.dialects import Dialect, read_quantisation
 from moe_backend.checkpoint.encode import decode, encode, snr_db
 from moe_backend.checkpoint.layout import (
     DOWN,
@@ -106,7 +99,7 @@ def convert(
     conversion = _Conversion(source, layers, target, sync_gate_up)
     with _new_folder(Path(dst), source.path, conversion.output_bytes) as folder:
         _copy_files(source, folder)
-        _write_configs(source, layers, target, folder)
+        write_configs(source, layers, target, folder)
         writer = CheckpointWriter(folder, conversion.outputs, max_shard_bytes)
         with _progress_bar(progress, conversion.input_bytes) as report:
             conversion.run(writer, report)
@@ -254,26 +247,6 @@ class _Conversion:
                 "accepted. The source is damaged: download it again."
             )
         return weight, amax
-
-
-def _write_configs(
-    source: Checkpoint, layers: tuple[MoeLayer, ...], target: Dialect, folder: Path
-) -> None:
-    modules = unquantised_modules(source, layers)
-    if target.name == "fp8-block":
-        quantization_config = fp8_block_config(modules, target.block_shape)
-    elif target.name == "nvfp4-ct":
-        quantization_config = compressed_tensors_config(modules)
-    else:
-        quantization_config, nested = modelopt_configs(modules, quantised_modules(source, layers))
-        _write_json(folder / HF_QUANT_CONFIG, nested)
-    _write_json(
-        folder / "config.json", {**source.config, "quantization_config": quantization_config}
-    )
-
-
-def _write_json(file: Path, content: dict[str, object]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy_files(source: Checkpoint, folder: Path) -> None:

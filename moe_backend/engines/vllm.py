@@ -54,6 +54,13 @@ def installed_version() -> str:
     return str(vllm.__version__)
 
 
+def load_kernels() -> None:
+    """Let vLLM load its compiled ops, so that the kernels which call them can be offered."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+
 def check_version(version: str) -> None:
     """Refuse a vLLM whose private names were never checked."""
     if ".".join(version.split(".")[:2]) not in SUPPORTED:

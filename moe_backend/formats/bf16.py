@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from moe_backend.formats.checks import expect_dtype, expect_shape
+from moe_backend.formats.checks import expect_dtype, expect_no_nan, expect_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,6 +44,8 @@ class Bf16Weights:
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
         expect_shape(f"{where}w13_weight", self.w13, (e, 2 * i, h), "gate and up rows")
         expect_shape(f"{where}w2_weight", self.w2, (e, h, i), f"w13_weight is {(e, 2 * i, h)}")
+        expect_no_nan(f"{where}w13_weight", self.w13)
+        expect_no_nan(f"{where}w2_weight", self.w2)
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [getattr(self, f.name) for f in fields(self)]

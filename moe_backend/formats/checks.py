@@ -41,5 +41,25 @@ def expect_positive(name: str, scale: torch.Tensor, *, allow_zero: bool = False)
     )
 
 
+def expect_no_nan(name: str, weight: torch.Tensor) -> None:
+    """Raise ValueError if `[E, N, K]` weights hold a NaN or infinity, naming the first expert.
+
+    One pass over the bytes, a few experts at a time, and one read-back.
+    """
+    bad = torch.cat([_has_nan(experts) for experts in weight.split(4)])
+    if bool(bad.any()):
+        which = bad.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name}: NaN or infinity in {len(which)} of {len(bad)} experts, the first is "
+            f"{which[0]}. The checkpoint is corrupt: download or convert it again."
+        )
+
+
+def _has_nan(experts: torch.Tensor) -> torch.Tensor:
+    if experts.dtype == torch.float8_e4m3fn:  # no infinity; NaN is 0x7F and 0xFF
+        return (experts.view(torch.int8) & 0x7F).flatten(1).amax(1) == 0x7F
+    return ~torch.isfinite(experts.flatten(1)).all(1)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

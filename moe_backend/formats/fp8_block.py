@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_backend.formats.checks import expect_dtype, expect_positive, expect_shape
+from moe_backend.formats.checks import expect_dtype, expect_no_nan, expect_positive, expect_shape
 
 E4M3FN_MAX = 448.0
 E4M3FNUZ_MAX = 240.0
@@ -62,6 +62,8 @@ class Fp8BlockWeights:
             expect_dtype(where + label, codes, torch.float8_e4m3fn)
         expect_shape(f"{where}w13_weight", self.w13, (e, 2 * i, h), "gate and up rows")
         expect_shape(f"{where}w2_weight", self.w2, (e, h, i), f"w13_weight is {(e, 2 * i, h)}")
+        expect_no_nan(f"{where}w13_weight", self.w13)
+        expect_no_nan(f"{where}w2_weight", self.w2)
         why = f"blocks of {bn}x{bk}"
         for label, scale, shape in (
             ("w13_weight_scale_inv", self.w13_scale, (e, 2 * cdiv(i, bn), cdiv(h, bk))),

@@ -119,9 +119,10 @@ class Selection:
 def kernels() -> list[Kernel]:
     """All kernels, the preferred first."""
     from moe_backend.kernels.reference import ReferenceKernel
+    from moe_backend.kernels.triton.kernel import TritonKernel
     from moe_backend.kernels.vllm_cpu import VllmCpuKernel
 
-    return [VllmCpuKernel(), ReferenceKernel()]
+    return [TritonKernel(), VllmCpuKernel(), ReferenceKernel()]
 
 
 def kernel_named(name: str) -> Kernel:

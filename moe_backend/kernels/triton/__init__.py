@@ -1,0 +1,1 @@
+"""Grouped experts in Triton, for NVIDIA and AMD GPUs: `kernel.TritonKernel`."""

@@ -1,0 +1,141 @@
+"""The kernels on a GPU: the case matrix, graphs, determinism, no host reads, large weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_backend.activation import Activation
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights
+from moe_backend.fused_moe import FusedMoE
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import Case, build
+from moe_backend.verify.run import REL_L2, run_cases
+
+pytestmark = pytest.mark.gpu
+
+STEP = Activation.from_name("swiglustep")
+FORMATS = ("bf16", "fp8_block", "nvfp4")
+
+
+def on_gpu(case, seed=0):
+    """`(FusedMoE of the Triton kernel, problem)`, the layer's tensors on the GPU."""
+    problem = build(case, seed)
+    moved = {
+        name: value.cuda()
+        for name, value in vars(problem.weights).items()
+        if isinstance(value, torch.Tensor)
+    }
+    layer = replace(problem.layer, device="cuda")
+    return FusedMoE(layer, replace(problem.weights, **moved), kernel="triton"), problem
+
+
+def inputs(problem):
+    expert_map = problem.expert_map
+    return (
+        problem.x.cuda(),
+        problem.topk_weights.cuda(),
+        problem.topk_ids.cuda(),
+        None if expert_map is None else expert_map.cuda(),
+    )
+
+
+def test_every_case_on_every_kernel():
+    results = list(run_cases(device="cuda"))
+    assert {r.kernel for r in results} == {"triton", "reference"}
+    assert [r for r in results if not r.ok] == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 31, 64, 127, 129, 304, 1000])
+def test_token_counts(name, tokens):
+    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"))
+    assert difference(fused(*inputs(problem)), problem.reference).within(REL_L2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_repeated_runs_are_bit_identical(name):
+    fused, problem = on_gpu(Case(name, STEP, tokens=129))
+    given = inputs(problem)
+    first = fused(*given)
+    assert all(torch.equal(fused(*given), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_host_read(name):
+    fused, problem = on_gpu(Case(name, STEP, tokens=31, layout="ep"))
+    given = inputs(problem)
+    fused(*given)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = fused(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert difference(out, problem.reference).within(REL_L2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_graph_replays_with_other_routings(name, tokens):
+    case = Case(name, STEP, tokens=tokens, layout="ep")
+    fused, problem = on_gpu(case)
+    held = [None if t is None else t.clone() for t in inputs(problem)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fused(*held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused(*held)
+    weights_of = build(case).weights
+    for seed in range(1, 5):
+        other = build(case, seed)
+        held[0].copy_(other.x)
+        held[1].copy_(other.topk_weights)
+        held[2].copy_(other.topk_ids)
+        graph.replay()
+        from moe_backend.verify.naive import naive_experts
+
+        expected = naive_experts(
+            other.x, weights_of, other.topk_weights, other.topk_ids, STEP, other.expert_map
+        )
+        assert difference(out, expected).within(REL_L2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_weights_over_4_gib(dtype):
+    """All experts hold the same weights but the last; an offset that wraps reads another's."""
+    hidden, intermediate = 4096, 4096
+    size = 2 * intermediate * hidden * dtype.itemsize
+    experts = int(4.25 * 2**30) // size + 1
+    shape13, shape2 = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+    w13 = torch.zeros(shape13, dtype=dtype, device="cuda")
+    w2 = torch.zeros(shape2, dtype=dtype, device="cuda")
+    g = torch.Generator("cuda").manual_seed(0)
+    w13[-1] = torch.randn(shape13[1:], device="cuda", generator=g).to(dtype)
+    w2[-1] = torch.randn(shape2[1:], device="cuda", generator=g).to(dtype)
+    if dtype == torch.bfloat16:
+        weights = Bf16Weights(w13, w2)
+    else:
+        ones = torch.full((experts, 2 * intermediate // 128, hidden // 128), 0.25, device="cuda")
+        weights = Fp8BlockWeights(w13, ones, w2, ones[:, : hidden // 128].clone(), (128, 128))
+    case = Case(weights.name, STEP, num_experts=experts, top_k=1, tokens=3)
+    layer = replace(
+        build(replace(case, num_experts=2)).layer,
+        num_experts=experts,
+        num_local_experts=experts,
+        top_k=1,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        device="cuda",
+    )
+    x = torch.randn(3, hidden, device="cuda", generator=g).bfloat16()
+    ids = torch.full((3, 1), experts - 1, dtype=torch.int32, device="cuda")
+    ones = torch.ones(3, 1, device="cuda")
+    outputs = [
+        FusedMoE(layer, weights, kernel=kernel)(x, ones, ids) for kernel in ("triton", "reference")
+    ]
+    assert difference(*outputs).within(REL_L2)

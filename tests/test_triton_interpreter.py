@@ -1,0 +1,60 @@
+"""The Triton device code on the CPU, in Triton's interpreter.
+
+fp16 operands: the interpreter truncates in-kernel casts to bf16. What bf16 and real hardware do is
+`test_gpu.py`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+import json
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+from moe_backend.formats import Bf16Weights
+from moe_backend.kernels.triton import kernel
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import build, cases
+
+results = {}
+for case in cases():
+    if case.tokens > 10 or case.hidden_size > 128:
+        continue
+    p = build(case)
+    weights = p.weights
+    if isinstance(weights, Bf16Weights):
+        weights = Bf16Weights(weights.w13.half(), weights.w2.half())
+    layer = replace(p.layer, dtype="float16")
+    out = kernel.run(
+        layer, weights.tensors(), p.x.half(), p.topk_weights, p.topk_ids, p.expert_map
+    )
+    found = difference(out, p.reference.half() if case.integer else p.reference)
+    ok = found.equal if case.integer else found.within(1e-3)
+    results[case.name] = [found.rel_l2, ok]
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_device_code_in_the_interpreter():
+    """A process of its own: TRITON_INTERPRET is read when the kernels are defined."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CODE],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads(result.stdout.splitlines()[-1])
+    assert len(results) > 50
+    assert {name: r for name, (r, ok) in results.items() if not ok} == {}
