@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--moe-backend", default="blockscale")
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="compile and capture CUDA graphs")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--answer", metavar="MODEL", help=argparse.SUPPRESS)  # the child's part
     args = parser.parse_args()
@@ -52,6 +53,7 @@ def ask(model: Path, args: argparse.Namespace) -> dict:
         command += ["--prompts", str(args.prompts), "--moe-backend", args.moe_backend]
         command += ["-tp", str(args.tensor_parallel_size)]
         command += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
+        command += ["--graphs"] if args.graphs else []
         subprocess.run(command, check=True)
         return json.loads(Path(out.name).read_text())
 
@@ -71,11 +73,15 @@ def answer(args: argparse.Namespace) -> int:
         moe_backend=args.moe_backend,
         tensor_parallel_size=args.tensor_parallel_size,
         enable_expert_parallel=args.enable_expert_parallel,
-        enforce_eager=True,
+        enforce_eager=not args.graphs,
         max_model_len=512,
     )
+    if args.moe_backend == "blockscale":
+        simple_inference.print_layers(llm)
     outputs = llm.generate(
-        [prompt for _, prompt, _ in samples], SamplingParams(temperature=0, max_tokens=32)
+        [prompt for _, prompt, _ in samples],
+        SamplingParams(temperature=0, max_tokens=32),
+        use_tqdm=False,
     )
     said = [o.outputs[0].text for o in outputs]
     right = [tasks.check(p, c) is True for (_, p, _), c in zip(samples, said, strict=True)]

@@ -44,20 +44,27 @@ def parse() -> argparse.Namespace:
 
 def prepare_environment(model: str, ranks: int) -> None:
     """What vLLM needs on a machine without a GPU, and for asking the workers what they run."""
-    import torch
-
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # our own function, own workers
-    if torch.cuda.is_available():
+    # A fork after anything has asked CUDA for its devices cannot use the GPU.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    if Path(model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not on_cpu():
         return
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(model).exists() else "0")
     if ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def main() -> int:
@@ -73,7 +80,7 @@ def main() -> int:
         moe_backend=args.moe_backend,
         tensor_parallel_size=args.tensor_parallel_size,
         enable_expert_parallel=args.enable_expert_parallel,
-        enforce_eager=args.enforce_eager or "cpu" in _platform(),
+        enforce_eager=args.enforce_eager or on_cpu(),
         max_model_len=512 if args.model == str(TINY) else None,
     )
     if args.moe_backend == "blockscale":
@@ -96,12 +103,6 @@ def main() -> int:
     if wrong:
         print(f"{wrong} of {len(outputs)} answers are wrong", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def _platform() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.device_type)
 
 
 def print_layers(llm: object) -> None:

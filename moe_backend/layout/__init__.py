@@ -1,1 +1,1 @@
-"""Who owns what: token routing and expert ownership."""
+"""Who owns what: experts, tensor-parallel shards, token routing, and the checks of each."""
