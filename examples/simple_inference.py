@@ -109,9 +109,13 @@ def print_layers(llm: object) -> None:
     """One line per distinct layer class: format, layout, kernel and why."""
     from moe_backend.engines.vllm_report import describe_layers
 
+    shown: dict[str, str] = {}
     for rank, found in enumerate(llm.collective_rpc(describe_layers)):  # type: ignore[attr-defined]
         for line, layers in found.items():
-            print(f"rank {rank}, {len(layers)} layers ({layers[0]}, ...): {line}")
+            if line not in shown:
+                shown[line] = f"{len(layers)} layers ({layers[0]}, ...) from rank {rank}"
+    for line, where in shown.items():
+        print(f"{where}: {line}")
 
 
 if __name__ == "__main__":

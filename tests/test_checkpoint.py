@@ -17,7 +17,7 @@ from moe_backend.checkpoint import (
     preflight,
 )
 
-EXPERTS, HIDDEN, INTERMEDIATE = 4, 160, 48  # no multiples of an FP8 block
+EXPERTS, HIDDEN, INTERMEDIATE = 4, 160, 128  # the hidden size ends within an FP8 block
 TARGETS = ("fp8-block", "nvfp4-modelopt", "nvfp4-ct")
 
 
@@ -148,14 +148,15 @@ def test_shards_with_and_without_index(sharded):
 def test_index_decides_between_two_files(tmp_path):
     folder = write(tmp_path / "c", {"a": torch.zeros(2)})
     save_file({"a": torch.ones(2)}, folder / "other.safetensors")
-    save_file({"b": torch.ones(2)}, folder / "third.safetensors")
+    third = {"a": torch.zeros(2), "b": torch.ones(2)}
+    save_file(third, folder / "third.safetensors")
     index = {"weight_map": {"a": "other.safetensors", "b": "third.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.load("a").tolist() == [1, 1]
     (folder / "model.safetensors.index.json").unlink()
-    (folder / "model.safetensors").rename(folder / "first.safetensors")
-    with pytest.raises(CheckpointError, match=r"other.safetensors: tensor a is also in first"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"third.safetensors: tensor a is also in other"):
         Checkpoint.open(folder)
 
 
@@ -360,7 +361,7 @@ FAULTS = [
     (
         "nvfp4-modelopt",
         replace(f"{STACK}.weight_scale", lambda t: t[..., :2].clone()),
-        r"weight_scale: shape \(4, 160, 2\) found, \(4, 160, 3\) expected",
+        r"weight_scale: shape \(4, 160, 2\) found, \(4, 160, 8\) expected",
     ),
     (
         "nvfp4-modelopt",
@@ -370,7 +371,7 @@ FAULTS = [
     (
         "nvfp4-ct",
         replace(f"{SINGLE}.weight_packed", lambda t: t[:, :-1].clone()),
-        "weight_packed: 46 columns found, a multiple of 16 accepted",
+        "weight_packed: 126 columns found, a multiple of 16 accepted",
     ),
     (
         "nvfp4-ct",
@@ -380,7 +381,7 @@ FAULTS = [
     (
         "fp8-block",
         replace("model.layers.2.moe.up_proj.weight", lambda t: t[:, :32].clone()),
-        r"up_proj: weight \[32, 160\] found, but .*gate_proj has intermediate size 48 and hidden",
+        r"up_proj: weight \[32, 160\] found, but .*gate_proj has intermediate size 128 and hidden",
     ),
     # dtype
     (
@@ -434,6 +435,15 @@ FAULTS = [
         r"down_proj: 3 experts found \(missing: 3\)",
     ),
     (
+        "nvfp4-ct",
+        lambda tensors, config: [
+            tensors.update({n.replace("experts.3", "experts.7"): tensors.pop(n)})
+            for n in list(tensors)
+            if n.startswith(SINGLE)
+        ],
+        r"down_proj: 4 experts found \(missing: 3\), config.json moe_num_experts has 4",
+    ),
+    (
         "fp8-block",
         lambda tensors, config: [tensors.pop(n) for n in list(tensors) if n.startswith(STACK)],
         "model.layers.2.moe: has no down projection",
@@ -481,6 +491,7 @@ def projection_shape(name):
         ("fp8-block", "model.layers.1.moe.experts"),
         ("fp8-block", "model.layers.1.moe.experts.0.gate_proj"),
         ("nvfp4-modelopt", "model.layers.1.moe.experts*"),
+        ("nvfp4-modelopt", "model.layers.1.moe"),
         ("nvfp4-modelopt", "model.layers.1*"),
     ],
 )
@@ -515,6 +526,20 @@ def test_compressed_tensors_ignore_and_targets(quantised, tmp_path):
 
 def preflight_of(quantised, tmp_path, change, target="nvfp4-ct"):
     return preflight(changed(quantised, tmp_path, target, change))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_entries_that_do_not_mean_experts(quantised, tmp_path, target):
+    """vLLM quantises these experts in spite of the entries, so they are checked."""
+
+    def change(tensors, config):
+        found = config["quantization_config"]
+        entries = ["model.layers.1.moe.gate", "model.layers.1.moe.shared_experts.up_proj"]
+        if target != "nvfp4-modelopt":  # there, any part of the name will do
+            entries += ["model.layers.1.moe", "model.layers.1"]
+        found["modules_to_not_convert" if "fmt" in found else "ignore"] += entries
+
+    assert not any("bf16" in fact for fact in preflight_of(quantised, tmp_path, change, target))
 
 
 def test_router_pattern_does_not_mean_the_stacked_gate_projection(quantised, tmp_path):

@@ -449,12 +449,24 @@ def test_shards(bf16, converted, tmp_path, target):
         assert torch.equal(merged[name].float(), tensor.float())
 
 
-def test_files_are_aligned_and_marked(bf16, tmp_path):
+def test_files_are_aligned_and_marked(tmp_path):
     """Readers that map a file need each tensor at a multiple of its element size."""
-    convert(bf16, tmp_path / "out", "nvfp4-ct")
-    for info in Checkpoint.open(tmp_path / "out").tensors.values():
+    shapes = {"a": ("uint8", (3,)), "b": ("float32", (1,)), "c": ("bfloat16", (3,))}
+    planned = [OutputTensor(n, getattr(torch, d), shape) for n, (d, shape) in shapes.items()]
+    writer = CheckpointWriter(tmp_path, planned, 100)
+    for tensor in planned:
+        writer.write(tensor.name, torch.ones(tensor.shape, dtype=tensor.dtype))
+    writer.finish()
+    (tmp_path / "config.json").write_text("{}")
+    for info in Checkpoint.open(tmp_path).tensors.values():
         assert info.offset % info.dtype.itemsize == 0
-    raw = (tmp_path / "out/model.safetensors").read_bytes()
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
+        "a": [1] * 3,
+        "b": [1],
+        "c": [1] * 3,
+    }
+    raw = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"format": "pt"}
 
@@ -546,7 +558,7 @@ def test_refusals(bf16, tmp_path):
     source = write(tmp_path / "odd", odd)
     for target in NVFP4:
         refused("down_proj.weight: 40 columns found, NVFP4 needs a multi", src=source, to=target)
-    convert(source, tmp_path / "odd-fp8", "fp8-block")
+    refused("gate_proj.weight: intermediate size 40 found; engines load FP8", src=source)
 
 
 def test_full_disk_is_noticed_first(bf16, tmp_path, monkeypatch):

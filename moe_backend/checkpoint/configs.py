@@ -51,22 +51,26 @@ def unquantised_modules(source: Checkpoint, layers: tuple[MoeLayer, ...]) -> lis
     """Names of all modules with a weight matrix that are not routed experts, in layer order.
 
     Norms and embeddings are left out: no tool lists them. `lm_head` is always in: a tied one has
-    no tensor of its own.
+    no tensor of its own. Fused modules (`qkv_proj`) stand beside their parts, as in the list of
+    Step-3.5-Flash-FP8: some of vLLM's models know only the one name, some only the other.
     """
-    experts = {module.name for layer in layers for module in layer.modules}
+    experts = quantised_modules(source, layers)
     names = {"lm_head"}
     for name, info in source.tensors.items():
         module, _, kind = name.rpartition(".")
         is_embedding = "embed" in module.rpartition(".")[2]
         if kind == "weight" and len(info.shape) > 1 and not is_embedding and module not in experts:
             names |= {module, *_mtp_names(module, source.config)}
+    parents = {name.rpartition(".")[0] for name in names}
+    for fused, parts in _FUSED.items():
+        whole = (p for p in parents if all(f"{p}.{part}" in names for part in parts))
+        names |= {f"{parent}.{fused}" for parent in whole}
     return sorted(names, key=natural)
 
 
 def quantised_modules(source: Checkpoint, layers: tuple[MoeLayer, ...]) -> set[str]:
-    """Names of the experts' modules and, as vLLM asks for them, of each layer's as a whole."""
+    """Names of the routed experts' modules."""
     names = {module.name for layer in layers for module in layer.modules}
-    names |= {f"{layer.block}.experts" for layer in layers}
     return names | {alias for name in names for alias in _mtp_names(name, source.config)}
 
 
@@ -85,20 +89,11 @@ def _mtp_names(module: str, config: dict[str, Any]) -> list[str]:
 
 
 def fp8_block_config(modules: list[str], block_shape: tuple[int, int]) -> dict[str, Any]:
-    """The fields of DeepSeek-V3's config.json, and the list of Step-3.5-Flash-FP8's.
-
-    That list names fused modules beside their parts, for engines that look for either.
-    """
-    names = set(modules)
-    for module in modules:
-        parent, _, last = module.rpartition(".")
-        for fused, parts in _FUSED.items():
-            if last == parts[0] and all(f"{parent}.{part}" in names for part in parts):
-                names.add(f"{parent}.{fused}")
+    """The fields of DeepSeek-V3's config.json, and the list of Step-3.5-Flash-FP8's."""
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": sorted(names, key=natural),
+        "modules_to_not_convert": modules,
         "quant_method": "fp8",
         "weight_block_size": list(block_shape),
     }

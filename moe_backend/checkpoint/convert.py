@@ -142,6 +142,13 @@ def _expert_layers(source: Checkpoint, target: Dialect) -> tuple[MoeLayer, ...]:
                     f"{module.name}.{min(others)}: found beside the expert's weight; only experts "
                     "that are a plain weight can be converted."
                 )
+            rows = info.shape[-2]
+            if target.name == "fp8-block" and module.projection != DOWN and rows % 128:
+                # vLLM 0.32 `fp8_utils.py validate_fp8_block_shape_moe`
+                raise CheckpointError(
+                    f"{module.tensors['weight']}: intermediate size {rows} found; engines load FP8 "
+                    "blocks of 128x128 only where it is a multiple of 128. Convert to NVFP4."
+                )
             if target.name.startswith("nvfp4") and info.shape[-1] % GROUP:
                 raise CheckpointError(
                     f"{module.tensors['weight']}: {info.shape[-1]} columns found, NVFP4 needs a "

@@ -102,7 +102,7 @@ class Quantisation:
 
     Attributes:
         source: where it says so, for messages; empty if the checkpoint is not quantised.
-        method: the quantisation method's name, for messages.
+        method: `fp8`, `modelopt`, `compressed-tensors` or another.
         groups: dialects with their targets; a module belongs to the first that matches it.
         ignored: names and patterns of modules that are not quantised.
     """
@@ -124,12 +124,25 @@ class Quantisation:
         name = f"{block}.experts"
         if self.method == "compressed-tensors":
             name = f"{name}.0.{projection}"
-        if any(_matches(entry, name) for entry in self.ignored):
+        if any(self._ignores(entry, name) for entry in self.ignored):
             return BF16
         for dialect, targets in self.groups:
             if any(_matches(target, name) for target in targets):
                 return dialect
         return BF16
+
+    def _ignores(self, entry: str, name: str) -> bool:
+        """Whether an entry of the ignore list means `name`, by the rules of vLLM 0.32.
+
+        `quant_utils.py is_layer_skipped` (fp8, modelopt): an entry that names a single expert's
+        projection means all of the layer. `modelopt.py is_layer_excluded`: any part of a name, and
+        shell patterns. `compressed_tensors/utils.py should_ignore_layer`.
+        """
+        if self.method == "compressed-tensors":
+            return _matches(entry, name)
+        if self.method == "modelopt" and (entry in name or fnmatchcase(name, entry)):
+            return True
+        return name in entry
 
 
 def read_quantisation(checkpoint: Checkpoint) -> Quantisation:
@@ -153,8 +166,8 @@ def read_quantisation(checkpoint: Checkpoint) -> Quantisation:
         ignored = stated.get("ignored_layers") or stated.get("modules_to_not_convert") or []
         return Quantisation(source, method, ((dialect, everything),), tuple(ignored))
     if method.startswith("modelopt"):
-        algorithm, dialect, ignored = _modelopt(stated)
-        return Quantisation(source, algorithm, ((dialect, everything),), tuple(ignored))
+        dialect, ignored = _modelopt(stated)
+        return Quantisation(source, "modelopt", ((dialect, everything),), tuple(ignored))
     if method == "compressed-tensors":
         groups = [_group(g, stated.get("format")) for g in stated.get("config_groups", {}).values()]
         return Quantisation(source, method, tuple(groups), tuple(stated.get("ignore") or []))
@@ -172,19 +185,19 @@ def _fp8(stated: dict[str, Any], config: dict[str, Any]) -> Dialect:
     return Dialect("fp8-block", (int(block[0]), int(block[1])))
 
 
-def _modelopt(stated: dict[str, Any]) -> tuple[str, Dialect, list[str]]:
-    """Algorithm, dialect and excluded modules, from the flat or the nested form."""
+def _modelopt(stated: dict[str, Any]) -> tuple[Dialect, list[str]]:
+    """Dialect and excluded modules, from the flat or the nested form."""
     details = stated.get("quantization", stated)
     algorithm = str(details.get("quant_algo", "")).upper()
     ignored = details.get("exclude_modules") or details.get("ignore") or []
     group_size = int(details.get("group_size") or GROUP)
     if algorithm not in ("NVFP4", "W4A16_NVFP4") or group_size != GROUP:
-        return algorithm, UNKNOWN, ignored
+        return UNKNOWN, ignored
     groups = list((stated.get("config_groups") or {}).values())
     # vLLM takes "NVFP4" without activations in any group as weight-only (`modelopt.py`).
     weight_only = bool(groups) and all(g.get("input_activations") is None for g in groups)
     has_input_scale = algorithm == "NVFP4" and not weight_only
-    return algorithm, Dialect("nvfp4-modelopt", has_input_scale=has_input_scale), ignored
+    return Dialect("nvfp4-modelopt", has_input_scale=has_input_scale), ignored
 
 
 def _group(group: dict[str, Any], common_format: str | None) -> tuple[Dialect, tuple[str, ...]]:
@@ -201,13 +214,8 @@ def _group(group: dict[str, Any], common_format: str | None) -> tuple[Dialect, t
     return dialect, tuple("*" if t in classes else t for t in group.get("targets") or [])
 
 
-def _matches(entry: str, name: str) -> bool:
-    """Whether an ignore entry or target means `name`: the rules of all dialects together.
-
-    A regular expression after `re:` (compressed-tensors), a shell pattern (modelopt), the module
-    itself or one that contains it. An entry that names a single expert's projection leaves out the
-    whole layer's experts (vLLM 0.32 `quant_utils.py is_layer_skipped`).
-    """
-    if entry.startswith("re:"):
-        return re.match(entry[3:], name) is not None
-    return fnmatchcase(name, entry) or name.startswith(f"{entry}.") or entry.startswith(f"{name}.")
+def _matches(target: str, name: str) -> bool:
+    """Whether a compressed-tensors target, or `*`, means `name`."""
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in ("*", name)
