@@ -1,6 +1,6 @@
 """The CPU kernels side by side, one run, bf16 silu: prints the table of docs/kernels.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py
+OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from vllm.platforms import current_platform
@@ -60,7 +61,7 @@ def main() -> None:
             topk_weights, ids = torch.rand(tokens, experts).topk(top_k)
             outputs = [run(x, topk_weights, ids.int()) for run in layers]
             assert difference(outputs[1], outputs[0]).within(2e-2)
-            a, b = (milliseconds(lambda r=run: r(x, topk_weights, ids.int())) for run in layers)
+            a, b = (milliseconds(partial(run, x, topk_weights, ids.int())) for run in layers)
             name = f"{experts} experts top-{top_k}, {hidden}x{intermediate}"
             print(f"| {name} | {tokens} | {a:.3f} | {b:.3f} | {a / b:.2f} |")
 

@@ -51,6 +51,8 @@ class FusedMoE:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None = None,
+        *,
+        tensors: list[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """Weighted sum of the experts' outputs.
 
@@ -59,12 +61,26 @@ class FusedMoE:
             topk_weights: `[T, top_k]` float32, renormalised and scaled.
             topk_ids: `[T, top_k]` int32 global ids, -1 allowed.
             expert_map: `[num_experts]` int32 global id to local slot or -1; None without EP.
+            tensors: the prepared weights, where an engine keeps them (`hand_over`).
         Returns:
             `[T, H]` in `x.dtype`.
         """
         return torch.ops.moe_backend.fused_experts(
-            x, topk_weights, topk_ids, expert_map, self.tensors, self.plan
+            x,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            self.tensors if tensors is None else tensors,
+            self.plan,
         )
+
+    def hand_over(self) -> list[torch.Tensor | None]:
+        """Give the prepared weights to an engine that keeps them as its layer's parameters.
+
+        From then on each call names them: reload and expert rebalancing change what they are.
+        """
+        tensors, self.tensors = self.tensors, []
+        return tensors
 
     def describe(self) -> str:
         """Format, layout, kernel and the reason, for the log; the same for equal layers."""

@@ -96,8 +96,49 @@ print("ANSWER", repr(out[0].outputs[0].text))
     assert "ANSWER '6'" in result.stdout, result.stdout + result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("dialect", ["bf16", "fp8-block"])
-def test_vllm_serve_answers_over_http(dialect, converted, tmp_path):
+RELOAD = """
+import sys
+from vllm import LLM, SamplingParams
+
+def spoil(worker):
+    for name, p in worker.model_runner.model.named_parameters():
+        if "routed_experts" in name and p.dtype.is_floating_point and p.is_contiguous():
+            p.data.copy_(p.data.float().mul_(0).add_(1).to(p.dtype))
+
+def ask():
+    out = llm.generate(["57+52=", "sort 7 3 9 1: "], SamplingParams(temperature=0), use_tqdm=False)
+    return [o.outputs[0].text for o in out]
+
+llm = LLM(sys.argv[1], moe_backend="blockscale", max_model_len=256, enforce_eager=True)
+before = ask()
+llm.collective_rpc(spoil)
+spoilt = ask()
+llm.collective_rpc("reload_weights")
+print("RELOADED", before == ask() == ["109", "1 3 7 9"], spoilt != before)
+"""
+
+
+@pytest.mark.parametrize("dialect", ["bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"])
+def test_weights_reload_in_place(dialect, converted):
+    result = run(
+        "-c",
+        RELOAD,
+        str(converted(dialect)),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+    assert "RELOADED True True" in result.stdout, result.stdout + result.stderr[-2000:]
+
+
+DATA_PARALLEL = ["--data-parallel-size", "2", "--enable-expert-parallel"]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "flags"),
+    [("bf16", []), ("fp8-block", []), ("nvfp4-ct", DATA_PARALLEL)],
+    ids=["bf16", "fp8-block", "nvfp4-ct dp2 ep"],
+)
+def test_vllm_serve_answers_over_http(dialect, flags, converted, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -105,15 +146,17 @@ def test_vllm_serve_answers_over_http(dialect, converted, tmp_path):
     log = tmp_path / "serve.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     command += ["--moe-backend", "blockscale", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--max-model-len", "256", "--served-model-name", "tiny"]
+    command += ["--enforce-eager", "--max-model-len", "256", "--served-model-name", "tiny", *flags]
+    environment = {**ENVIRONMENT, **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if flags else {})}
     with log.open("w") as sink:
         server = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
-        body = {"model": "tiny", "prompt": "1+2+3=", "temperature": 0, "max_tokens": 8}
-        text = post(f"http://127.0.0.1:{port}/v1/completions", body, server, log)
-        assert text["choices"][0]["text"] == "6"
+        for prompt, expected in (("57+52=", "109"), ("36+62+79=", "177"), ("1+2+3=", "6")):
+            body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 8}
+            text = post(f"http://127.0.0.1:{port}/v1/completions", body, server, log)
+            assert text["choices"][0]["text"] == expected
     finally:
         server.terminate()
         server.wait(30)

@@ -187,6 +187,16 @@ def test_bad_scale_value(dialect, name, bad):
 
 
 @pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
+def test_scale_slot_that_nothing_wrote(dialect, name):
+    """A loader that bypasses the parameters' own: `--load-format sharded_state`, say."""
+    problem = build(case_of(dialect))
+    layer = make_layer(problem, dialect, load_format="sharded_state")
+    layer.load(problem.weights, dialect, skip=(name,))
+    with pytest.raises(ValueError, match="scales are not finite and positive.*nan"):
+        layer.finish()
+
+
+@pytest.mark.parametrize(("dialect", "name"), EVERY_SCALE)
 def test_scale_of_wrong_shape(dialect, name):
     with pytest.raises(ValueError, match=f"{name}, shard w[23], expert 2: .*shape .* expected"):
         load_with(dialect, at(name, shard_of(name), 2, lambda t: t.new_ones(3, 7)))

@@ -6,6 +6,7 @@ never at registration.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class BlockscaleExperts(mk.FusedMoEExpertsModular):
 
     consumes_expert_mask = False
     fused_moe: FusedMoE | None = None
+    read_tensors: Callable[[], list[torch.Tensor | None]]  # the layer's present weights
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -81,7 +83,11 @@ class BlockscaleExperts(mk.FusedMoEExpertsModular):
                 "the experts were called before their weights were prepared; "
                 "process_weights_after_loading has not run on this layer"
             )
-        output.copy_(self.fused_moe(hidden_states, topk_weights, topk_ids, expert_map))
+        output.copy_(
+            self.fused_moe(
+                hidden_states, topk_weights, topk_ids, expert_map, tensors=self.read_tensors()
+            )
+        )
 
 
 class Bf16Experts(BlockscaleExperts):

@@ -51,8 +51,6 @@ def _preflight_once(folder: Path) -> None:
 class LoadRecord:
     """A weight loader that checks each tensor and remembers which experts it has seen."""
 
-    supports_moe_loading = True  # some models ask the loader for this (vLLM `models/llama4.py`)
-
     def __init__(self, layer: Any, loader: Callable[..., Any], load_format: str) -> None:
         self.layer = layer
         self.loader = loader
@@ -85,7 +83,13 @@ class LoadRecord:
             shape, dtypes = _expected(kind, parameter.dtype, rows, columns, block_shape)
             self.expected[name] = (shape, dtypes)
 
-    def __call__(
+    def poison(self) -> None:
+        """Fill every scale with NaN, so that a slot which nothing writes cannot pass for one."""
+        for name in self.expected:
+            if "scale" in name:
+                getattr(self.layer, name).data.fill_(float("nan"))
+
+    def weight_loader(
         self,
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
@@ -157,6 +161,10 @@ class LoadRecord:
                         f"tensor for {len(missing)} of {len(everyone)} local experts ({shown}). "
                         "The checkpoint is incomplete: download or convert it again."
                     )
+
+
+# Some models ask the loader for this (vLLM `models/llama4.py`).
+LoadRecord.weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
 
 def _expected(

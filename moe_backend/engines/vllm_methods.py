@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,14 @@ from vllm.model_executor.utils import replace_parameter
 from moe_backend.activation import Activation
 from moe_backend.engines.vllm_experts import BlockscaleExperts, unsupported
 from moe_backend.engines.vllm_loading import LoadRecord
-from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
+from moe_backend.engines.vllm_ranks import check_ownership, max_over_ranks
+from moe_backend.formats import (
+    Bf16Weights,
+    Fp8BlockWeights,
+    Nvfp4Weights,
+    Weights,
+    weights_from_tensors,
+)
 from moe_backend.formats.checks import expect_positive
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import LayerConfig
@@ -60,8 +67,9 @@ def _adopted(stock: type) -> type:
     def create_weights(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
         config = get_current_vllm_config()
         record = LoadRecord(layer, kwargs["weight_loader"], config.load_config.load_format)
-        base.create_weights(self, layer, *args, **{**kwargs, "weight_loader": record})
+        base.create_weights(self, layer, *args, **{**kwargs, "weight_loader": record.weight_loader})
         record.expect_parameters(getattr(self, "weight_block_size", None))
+        record.poison()
         layer.moe_backend_load_record = record
         model = config.model_config
         layer.moe_backend_eager = model is None or model.enforce_eager
@@ -69,11 +77,13 @@ def _adopted(stock: type) -> type:
     def process_weights_after_loading(self: Any, layer: Any) -> None:
         record: LoadRecord = layer.moe_backend_load_record
         record.check_complete()
+        check_ownership(layer)
         if record.is_dummy:
             _make_scales_positive(layer)
         kept = kind.before(layer)
         base.process_weights_after_loading(self, layer)
-        _prepare(layer, kind.after(layer, kept, self), self.moe_kernel.fused_experts)
+        kind.after(layer, kept)
+        _prepare(layer, kind, kept, self)
 
     namespace = {
         "__module__": stock.__module__,
@@ -86,8 +96,12 @@ def _adopted(stock: type) -> type:
     return type(stock.__name__, (stock,), namespace)
 
 
-def _prepare(layer: Any, weights: Weights, experts: BlockscaleExperts) -> None:
+def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     """Build the layer's `FusedMoE` and say what runs."""
+    # vLLM 0.31 and later refine the block shape for TP shards that miss the checkpoint's grid.
+    block = getattr(method, "moe_block_shape", None) or getattr(method, "weight_block_size", None)
+    block_shape = None if block is None else (block[0], block[1])
+    weights = weights_from_tensors(kind.format, kind.read(layer, kept), block_shape)
     fused = FusedMoE(_layer_config(layer, weights), weights, where=f"{layer.layer_name}.")
     kernel = fused.selection.kernel
     if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
@@ -95,8 +109,13 @@ def _prepare(layer: Any, weights: Weights, experts: BlockscaleExperts) -> None:
             f"{layer.layer_name}: kernel {kernel.name} cannot be captured in a CUDA graph. "
             "Serve with --enforce-eager."
         )
-    _release_unread(layer, fused)
+    for name, tensor in zip(kind.parameters, fused.hand_over(), strict=False):
+        # One copy stays: a kernel's own layout takes the place of the checkpoint's.
+        if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
+            replace_parameter(layer, name, tensor)
+    experts = method.moe_kernel.fused_experts
     experts.fused_moe = fused
+    experts.read_tensors = partial(kind.read, layer, kept)
     line = fused.describe()
     if line not in _logged:
         _logged.add(line)
@@ -126,18 +145,6 @@ def _layer_config(layer: Any, weights: Weights) -> LayerConfig:
     )
 
 
-def _release_unread(layer: Any, fused: FusedMoE) -> None:
-    """Free the checkpoint's weights where the kernel keeps its own layout of them.
-
-    vLLM still asks the parameters for their shapes, so a view without storage takes their place.
-    """
-    read = {t.data_ptr() for t in fused.tensors if t is not None}
-    for name in ("w13_weight", "w2_weight"):
-        parameter = getattr(layer, name)
-        if parameter.data_ptr() not in read:
-            replace_parameter(layer, name, parameter.data.new_empty(1).expand(parameter.shape))
-
-
 # --- From each method's parameters to canonical weights -------------------------------------------
 
 
@@ -148,24 +155,21 @@ def _make_scales_positive(layer: Any) -> None:
             parameter.data.copy_(parameter.data.float().abs().clamp(min=2.0**-6))
 
 
-def _nothing(layer: Any) -> None:
+def _nothing(layer: Any, kept: Any = None) -> None:
     return None
 
 
-def _bf16(layer: Any, kept: None, method: Any) -> Weights:
-    return Bf16Weights(layer.w13_weight.data, layer.w2_weight.data)
+def _read_bf16(layer: Any, kept: None) -> list[torch.Tensor | None]:
+    return [layer.w13_weight, layer.w2_weight]
 
 
-def _fp8_block(layer: Any, kept: None, method: Any) -> Weights:
-    # vLLM 0.31 and later refine the block shape for TP shards that miss the checkpoint's grid.
-    block = getattr(method, "moe_block_shape", None) or method.weight_block_size
-    return Fp8BlockWeights(
-        layer.w13_weight.data,
-        layer.w13_weight_scale_inv.data,
-        layer.w2_weight.data,
-        layer.w2_weight_scale_inv.data,
-        (block[0], block[1]),
-    )
+def _read_fp8_block(layer: Any, kept: None) -> list[torch.Tensor | None]:
+    return [
+        layer.w13_weight,
+        layer.w13_weight_scale_inv,
+        layer.w2_weight,
+        layer.w2_weight_scale_inv,
+    ]
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,8 @@ def _modelopt_scales(layer: Any) -> _Nvfp4Scales:
     _expect_scales(layer, "weight_scale_2", "input_scale")
     return _Nvfp4Scales(
         layer.w13_weight_scale_2.data.float().clone(),
-        layer.w13_input_scale.data.float().amax().reshape(1),
-        layer.w2_input_scale.data.float().amax().reshape(1),
+        max_over_ranks(layer, layer.w13_input_scale.data.float().amax().reshape(1)),
+        max_over_ranks(layer, layer.w2_input_scale.data.float().amax().reshape(1)),
     )
 
 
@@ -191,8 +195,8 @@ def _compressed_tensors_scales(layer: Any) -> _Nvfp4Scales:
     _expect_scales(layer, "weight_global_scale", "input_global_scale")
     return _Nvfp4Scales(
         1.0 / layer.w13_weight_global_scale.data.float(),
-        1.0 / layer.w13_input_global_scale.data.float().amin().reshape(1),
-        1.0 / layer.w2_input_global_scale.data.float().amin().reshape(1),
+        max_over_ranks(layer, 1.0 / layer.w13_input_global_scale.data.float().amin().reshape(1)),
+        max_over_ranks(layer, 1.0 / layer.w2_input_global_scale.data.float().amin().reshape(1)),
     )
 
 
@@ -202,19 +206,22 @@ def _expect_scales(layer: Any, *names: str) -> None:
             expect_positive(f"{layer.layer_name}.{stem}_{name}", getattr(layer, f"{stem}_{name}"))
 
 
-def _nvfp4(layer: Any, kept: _Nvfp4Scales, method: Any) -> Weights:
-    # A parameter, so that EPLB moves it with its experts (`RoutedExperts.get_expert_weights`).
+def _keep_nvfp4_scales(layer: Any, kept: _Nvfp4Scales) -> None:
+    """Both global scales of w13 as a parameter, so that EPLB moves them with their experts."""
     replace_parameter(layer, "moe_backend_w13_global_scale", kept.w13_global)
-    return Nvfp4Weights(
-        layer.w13_weight.data,
-        layer.w13_weight_scale.data,
-        layer.moe_backend_w13_global_scale.data,
-        layer.w2_weight.data,
-        layer.w2_weight_scale.data,
-        layer.w2_weight_scale_2.data.view(-1, 1),
+
+
+def _read_nvfp4(layer: Any, kept: _Nvfp4Scales) -> list[torch.Tensor | None]:
+    return [
+        layer.w13_weight,
+        layer.w13_weight_scale,
+        layer.moe_backend_w13_global_scale,
+        layer.w2_weight,
+        layer.w2_weight_scale,
+        layer.w2_weight_scale_2.view(-1, 1),
         kept.w13_input,
         kept.w2_input,
-    )
+    ]
 
 
 @dataclass(frozen=True)
@@ -222,17 +229,49 @@ class _Method:
     """How one stock method's parameters become canonical weights.
 
     Attributes:
+        format: name of the format.
         before: saves what vLLM's own processing drops or inverts.
-        after: builds the weights from the processed parameters.
+        after: puts it where it is needed, once that processing is done.
+        read: the layer's present tensors in the order of `Weights.tensors()`. It is called in every
+            step: a reload puts other parameters in place, and EPLB writes into those there are.
+        parameters: their names on the layer, as far as a kernel may replace them.
     """
 
+    format: str
     before: Callable[[Any], Any]
-    after: Callable[[Any, Any, Any], Weights]
+    after: Callable[[Any, Any], None]
+    read: Callable[[Any, Any], list[torch.Tensor | None]]
+    parameters: tuple[str, ...]
 
+
+_NVFP4_PARAMETERS = (
+    "w13_weight",
+    "w13_weight_scale",
+    "moe_backend_w13_global_scale",
+    "w2_weight",
+    "w2_weight_scale",
+    "w2_weight_scale_2",
+)
 
 _METHODS = {
-    "UnquantizedFusedMoEMethod": _Method(_nothing, _bf16),
-    "Fp8MoEMethod": _Method(_nothing, _fp8_block),
-    "ModelOptNvFp4FusedMoE": _Method(_modelopt_scales, _nvfp4),
-    "CompressedTensorsW4A4Nvfp4MoEMethod": _Method(_compressed_tensors_scales, _nvfp4),
+    "UnquantizedFusedMoEMethod": _Method(
+        Bf16Weights.name, _nothing, _nothing, _read_bf16, ("w13_weight", "w2_weight")
+    ),
+    "Fp8MoEMethod": _Method(
+        Fp8BlockWeights.name,
+        _nothing,
+        _nothing,
+        _read_fp8_block,
+        ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"),
+    ),
+    "ModelOptNvFp4FusedMoE": _Method(
+        Nvfp4Weights.name, _modelopt_scales, _keep_nvfp4_scales, _read_nvfp4, _NVFP4_PARAMETERS
+    ),
+    "CompressedTensorsW4A4Nvfp4MoEMethod": _Method(
+        Nvfp4Weights.name,
+        _compressed_tensors_scales,
+        _keep_nvfp4_scales,
+        _read_nvfp4,
+        _NVFP4_PARAMETERS,
+    ),
 }
