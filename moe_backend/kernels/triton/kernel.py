@@ -17,6 +17,9 @@ from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
+# Outputs before the sum over top-k are fp32; 2**27 of them are half a GiB, 4096 tokens of Step-3.5.
+PARTIAL_ELEMENTS = 2**27
+
 _FORMATS = {Bf16Weights.name: 0, Fp8BlockWeights.name: 1, Nvfp4Weights.name: 2}
 _ACTIVATIONS = {
     ActivationKind.SILU: 0,
@@ -72,7 +75,11 @@ class TritonKernel:
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
+        step = max(1, PARTIAL_ELEMENTS // (layer.top_k * layer.hidden_size))
+        if len(x) <= step:
+            return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
+        parts = zip(x.split(step), topk_weights.split(step), topk_ids.split(step), strict=True)
+        return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
 
 
 def _power_of_two_from_16(block_shape: tuple[int, int] | None) -> bool:
