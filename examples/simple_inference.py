@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no torch.compile")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # flags may stand between model and prompts
 
 
 def prepare_environment(model: str, ranks: int) -> None:
@@ -74,7 +74,9 @@ def main() -> int:
     import tasks
     from vllm import LLM, SamplingParams
 
-    prompts = args.prompts or list(PROMPTS)
+    # The tiny model, or a conversion of it: its tasks have answers to compare with.
+    knows_answers = (Path(args.model) / "held_out.jsonl").exists()
+    prompts = args.prompts or list(PROMPTS if knows_answers else ("The capital of France is",))
     llm = LLM(
         args.model,
         moe_backend=args.moe_backend,
@@ -94,7 +96,7 @@ def main() -> int:
     wrong = 0
     for output in outputs:
         completion = output.outputs[0].text
-        right = tasks.check(output.prompt, completion)
+        right = tasks.check(output.prompt, completion) if knows_answers else None
         wrong += right is False
         mark = {True: "  right", False: "  WRONG", None: ""}[right]
         print(f"{output.prompt!r} -> {completion!r}{mark}")

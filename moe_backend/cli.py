@@ -98,6 +98,10 @@ def _verify(args: argparse.Namespace) -> int:
 
     with contextlib.suppress(ImportError):  # without vLLM, fewer kernels are verified
         vllm.load_kernels()
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
     if args.kernel is not None:
         kernel_named(args.kernel)  # raises, naming the accepted ones
     results = []

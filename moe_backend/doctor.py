@@ -92,7 +92,8 @@ def _layers(device: str, problems: list[str]) -> list[LayerRow]:
             try:
                 selection = select(layer)
             except ValueError as error:
-                problems.append(str(error))
+                if str(error) not in problems:
+                    problems.append(str(error))
                 continue
             rows.append(
                 LayerRow(format_name, str(activation), selection.kernel.name, selection.reason)

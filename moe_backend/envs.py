@@ -22,7 +22,7 @@ class Variable:
 KERNEL = Variable(
     "MOE_BACKEND_KERNEL",
     "use this kernel in every layer; a layer that it cannot run is refused",
-    "the fastest kernel that supports the layer",
+    "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
 VARIABLES = (KERNEL,)

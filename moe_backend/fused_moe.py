@@ -39,7 +39,10 @@ class FusedMoE:
         weights.validate(where)
         _check_sizes(layer, weights, where)
         self.layer = layer
-        self.selection: Selection = select(layer, kernel)
+        try:
+            self.selection: Selection = select(layer, kernel)
+        except ValueError as error:
+            raise ValueError(f"{where.rstrip('.') or 'layer'}: {error}") from None
         self.tensors = self.selection.kernel.prepare(weights)
         self.plan = json.dumps(
             {"kernel": self.selection.kernel.name, "layer": layer.to_dict()}, sort_keys=True

@@ -1,4 +1,4 @@
-"""The trained model over several real processes (gloo): every layout gives the answers of one rank."""
+"""The trained model over real processes (gloo): every layout gives the answers of one rank."""
 
 from __future__ import annotations
 

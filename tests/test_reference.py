@@ -135,7 +135,9 @@ def test_kernel_can_be_forced(monkeypatch):
     monkeypatch.setenv("MOE_BACKEND_KERNEL", "reference")
     assert registry.select(layer).reason == "MOE_BACKEND_KERNEL is set"
     monkeypatch.setenv("MOE_BACKEND_KERNEL", "vllm_cpu")
-    with pytest.raises(ValueError, match=r"kernel .vllm_cpu. cannot run this layer: "):
+    with pytest.raises(
+        ValueError, match=r"kernel .vllm_cpu. \(MOE_BACKEND_KERNEL is set\) cannot run"
+    ):
         registry.select(build(Case("nvfp4", STEP)).layer)
     monkeypatch.setenv("MOE_BACKEND_KERNEL", "nonesuch")
     with pytest.raises(
@@ -157,6 +159,27 @@ def test_sizes_must_match_the_configuration(field, value, message):
     layer = replace(problem.layer, **{field: value})
     with pytest.raises(ValueError, match=rf"model\.layers\.7\.w13_weight {message}"):
         FusedMoE(layer, problem.weights, where="model.layers.7.")
+
+
+def test_errors_of_selection_name_the_layer():
+    problem = build(Case("nvfp4", STEP))
+    with pytest.raises(ValueError, match=r"^model\.layers\.7: kernel 'vllm_cpu' \(requested\)"):
+        FusedMoE(problem.layer, problem.weights, kernel="vllm_cpu", where="model.layers.7.")
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_block", "nvfp4"])
+def test_fp16_activations(name):
+    """NVFP4 codes times block scales, without the global scale, overflow fp16."""
+    problem = build(Case(name, STEP, hidden_size=1024))
+    layer = replace(problem.layer, dtype="float16")
+    weights = problem.weights
+    if isinstance(weights, Bf16Weights):
+        weights = Bf16Weights(weights.w13.half(), weights.w2.half())
+    out = FusedMoE(layer, weights, kernel="reference")(
+        problem.x.half(), problem.topk_weights, problem.topk_ids
+    )
+    assert out.dtype == torch.float16
+    assert difference(out, problem.reference).within(2e-3)
 
 
 def test_vllm_cpu_kernel_drops_negative_ids():

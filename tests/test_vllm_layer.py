@@ -218,6 +218,20 @@ def test_nan_weight(dialect):
         load_with(dialect, at("w2_weight", "w2", 5, spoil))
 
 
+@pytest.mark.parametrize("dialect", ["bf16", "fp8_block"])
+def test_incomplete_reload(dialect):
+    """What an earlier load wrote does not count for the next one."""
+    problem = build(case_of(dialect))
+    layer = make_layer(problem, dialect)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    layer.load(problem.weights, dialect, skip=("w2_weight",))
+    with pytest.raises(ValueError, match="w2_weight: the checkpoint has no down tensor"):
+        layer.finish()
+
+
 def test_bf16_weights_in_a_quantised_checkpoint():
     with pytest.raises(ValueError, match=r"w2_weight, .*bfloat16; accepted: torch.float8_e4m3fn"):
         load_with("fp8_block", at("w2_weight", "w2", 0, lambda t: t.to(torch.bfloat16)))

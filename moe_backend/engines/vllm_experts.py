@@ -31,7 +31,7 @@ _ACTIVATIONS = (
 
 
 class BlockscaleExperts(mk.FusedMoEExpertsModular):
-    """Hands vLLM's call to the layer's `FusedMoE`; quantises activations itself."""
+    """Hands vLLM's call, activations unquantised, to the layer's `FusedMoE`."""
 
     consumes_expert_mask = False
     fused_moe: FusedMoE | None = None

@@ -20,7 +20,7 @@ from moe_backend.formats.fp8_block import cdiv
 from moe_backend.formats.nvfp4 import GROUP
 
 # Formats of --load-format that fill parameters without calling a weight loader.
-_WITHOUT_LOADER = ("dummy", "sharded_state", "tensorizer")
+_WITHOUT_LOADER = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SCALES = (*_FLOATS, torch.float8_e8m0fnu)
@@ -129,6 +129,11 @@ class LoadRecord:
         found = tuple(tensor.shape[1:] if stacked else tensor.shape)
         what = f"{self.layer.layer_name}.{name}, shard {shard_id}, expert {expert_id}"
         scalar = shape == () and found in ((), (1,))
+        if stacked and len(tensor) != self.layer.local_num_experts:
+            raise ValueError(
+                f"{what}: the checkpoint's tensor stacks {len(tensor)} experts, "
+                f"{self.layer.local_num_experts} are expected."
+            )
         if found != shape and not scalar:
             raise ValueError(
                 f"{what}: the checkpoint's tensor has shape {found}, {shape} is expected. "
@@ -149,10 +154,11 @@ class LoadRecord:
         """
         if not self.loaders_run:
             return
+        seen, self.seen = self.seen, {}  # a reload has to write everything again
         everyone = set(range(self.layer.local_num_experts))
         for name in self.expected:
             for shard in ("w2",) if name.startswith("w2") else ("w1", "w3"):
-                missing = sorted(everyone - self.seen.get((name, shard), set()))
+                missing = sorted(everyone - seen.get((name, shard), set()))
                 if missing:
                     projection = {"w1": "gate", "w2": "down", "w3": "up"}[shard]
                     shown = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")

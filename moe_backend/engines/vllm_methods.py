@@ -106,10 +106,11 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     kernel = fused.selection.kernel
     if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
         raise ValueError(
-            f"{layer.layer_name}: kernel {kernel.name} cannot be captured in a CUDA graph. "
-            "Serve with --enforce-eager."
+            f"{layer.layer_name}: kernel {kernel.name} ({fused.selection.reason}) cannot be "
+            "captured in a CUDA graph. Serve with --enforce-eager."
         )
-    for name, tensor in zip(kind.parameters, fused.hand_over(), strict=False):
+    prepared = fused.hand_over()  # in the order of `Weights.tensors()`, whatever the kernel
+    for name, tensor in zip(kind.parameters, prepared[: len(kind.parameters)], strict=True):
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)

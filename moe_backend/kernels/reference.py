@@ -56,7 +56,7 @@ def fused_experts(
     if plan is None:
         plan = plan_routing(topk_ids, weights.num_experts, expert_map)
     out = torch.zeros(tokens, weights.hidden_size, dtype=torch.float32, device=x.device)
-    x = x.to(compute_dtype)
+    operand = x.to(compute_dtype)
     slot_weights = topk_weights.float().flatten()
     start = 0
     for e, end in enumerate(plan.expert_offsets.tolist()):
@@ -66,7 +66,7 @@ def fused_experts(
         start = end
         rows = slots // top_k
         scale = slot_weights[slots, None]
-        xe = x[rows]
+        xe = operand[rows]
         if apply_router_weight_on_input:
             xe = (xe * scale).to(compute_dtype)
         ye = _expert(e, xe, weights, activation, activation_quant)
@@ -135,5 +135,6 @@ class ReferenceKernel:
             layer.activation,
             expert_map,
             apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            compute_dtype=x.dtype,
+            # NVFP4's products without their global scale overflow fp16's range.
+            compute_dtype=torch.float32 if x.dtype == torch.float16 else x.dtype,
         )

@@ -149,9 +149,12 @@ def select(layer: LayerConfig, requested: str | None = None) -> Selection:
     if requested is None and (requested := envs.KERNEL.get()) is not None:
         source = f"{envs.KERNEL.name} is set"
     if requested is not None:
-        kernel = kernel_named(requested)
+        try:
+            kernel = kernel_named(requested)
+        except ValueError as error:
+            raise ValueError(f"{error} ({source})") from None
         if (refusal := kernel.refusal(layer)) is not None:
-            raise ValueError(f"kernel {requested!r} cannot run this layer: {refusal}")
+            raise ValueError(f"kernel {requested!r} ({source}) cannot run this layer: {refusal}")
         return Selection(kernel, source)
     refusals: list[str] = []
     for kernel in kernels():

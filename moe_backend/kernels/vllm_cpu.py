@@ -66,10 +66,11 @@ class VllmCpuKernel:
         if bool(dropped.any()):
             weights = weights.masked_fill(dropped, 0.0)
             ids = ids.masked_fill(dropped, 0)
+        x = x.contiguous()
         out = torch.empty_like(x)
         torch.ops._C.cpu_fused_moe(
             out,
-            x.contiguous(),
+            x,
             tensors[0],
             tensors[1],
             None,

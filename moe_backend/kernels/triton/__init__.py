@@ -1,1 +1,1 @@
-"""Grouped experts in Triton, for NVIDIA and AMD GPUs: `kernel.TritonKernel`."""
+"""Grouped experts in Triton, for NVIDIA GPUs: `kernel.TritonKernel`."""

@@ -50,14 +50,14 @@ class TritonKernel:
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cuda":
             return "it runs on GPUs only"
+        if torch.version.hip:
+            return "it has not been checked on AMD GPUs"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         if layer.dtype not in ("bfloat16", "float16"):
             return f"it takes bf16 or fp16 activations, not {layer.dtype}"
         if layer.format == Fp8BlockWeights.name and not _power_of_two_from_16(layer.block_shape):
             return f"the block's columns must be a power of two from 16, not {layer.block_shape}"
-        if layer.format == Fp8BlockWeights.name and torch.version.hip:
-            return "e4m3fn weights are not wired for AMD yet"
         return None
 
     def preference(self, layer: LayerConfig) -> str:
@@ -131,6 +131,7 @@ def run(
     from moe_backend.kernels.triton import device
 
     tokens, top_k = topk_ids.shape
+    x = x.contiguous()
     out = torch.empty_like(x)
     if tokens == 0:
         return out
@@ -157,7 +158,6 @@ def run(
         "num_stages": block.stages,
     }
     activation = layer.activation
-    x = x.contiguous()
     device.gate_up_kernel[(len(tile_expert), cdiv(i, block.n))](
         x, w13, w13_scale, w13_global, weights, hidden,
         plan.slots, plan.expert_offsets, tile_expert, tile_first,
@@ -170,7 +170,7 @@ def run(
         plan.slots, plan.expert_offsets, tile_expert, tile_first,
         h, i, w2.stride(0), w2.stride(1), *_strides(w2_scale), **shared,
     )  # fmt: skip
-    ids = local_ids(topk_ids, expert_map)
+    ids = local_ids(topk_ids, expert_map).contiguous()
     device.sum_kernel[(tokens, cdiv(h, 1024))](partial, ids, out, h, TOP_K=top_k, BLOCK=1024)
     return out
 
