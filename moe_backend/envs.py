@@ -25,4 +25,11 @@ KERNEL = Variable(
     "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
-VARIABLES = (KERNEL,)
+ALL_REDUCE = Variable(
+    "MOE_BACKEND_ALL_REDUCE",
+    "which collective paths vLLM may use: auto, probe, on, off, or names of paths "
+    "(`custom`, or `-custom` to leave it out)",
+    "auto: what was built is tried with known sums when a group starts",
+)
+
+VARIABLES = (KERNEL, ALL_REDUCE)

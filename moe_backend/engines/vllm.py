@@ -42,9 +42,10 @@ def register() -> None:
     check_version(installed_version())
     _extend_choices()
     after_import(ROUTED_EXPERTS, _hook_routed_experts)
-    from moe_backend.engines import vllm_cpu
+    from moe_backend.engines import vllm_comm, vllm_cpu
 
     vllm_cpu.register()
+    vllm_comm.register()
 
 
 def installed_version() -> str:

@@ -1,0 +1,337 @@
+"""What the ranks of one vLLM group do together when its communicator is built.
+
+1. Agree on rank 0's settings and on everything that is known of this machine.
+2. Try in child processes what may hang here and is not known (the tensor-parallel group only).
+3. Let vLLM build the paths that are left, under a watch.
+4. Try those in place with known sums, under a watch; switch off what fails.
+
+Every rank takes the same branches, because every decision rests on data that was exchanged.
+`docs/communication.md` says why each step stands where it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_backend.comm import cache
+from moe_backend.comm.checks import Collective, Unavailable, World, run_checks
+from moe_backend.comm.machine import Machine, describe, device_identity
+from moe_backend.comm.paths import PATHS
+from moe_backend.comm.policy import (
+    VARIABLE,
+    Decision,
+    NoUsablePathError,
+    Override,
+    ProbeResult,
+    decide,
+    fault,
+    parse_override,
+    refusal,
+)
+from moe_backend.comm.probe import ProbeError, host_store, probe
+from moe_backend.comm.reports import probe_first
+from moe_backend.comm.torch_paths import over_group
+from moe_backend.engines.vllm_comm_paths import PARTS, collective, shm_collective
+from moe_backend.engines.vllm_comm_switch import (
+    candidates,
+    is_active,
+    is_tensor_parallel,
+    left_out,
+    switch_off,
+)
+
+logger = logging.getLogger("vllm.moe_backend")
+
+# NCCL's communicators over many hosts take tens of seconds to build; what hangs, hangs for good.
+BUILD_LIMIT_S = 300.0
+CHECK_LIMIT_S = 60.0
+# In a serving process the sizes of decode and prefill; the child processes try more.
+CHECK_SIZES = (128, 8192, 262144)
+# Not here: quick reduce takes 1 MiB and more and is not exact; FlashInfer makes one workspace per
+# process for the shape that comes first, which must be the model's.
+CHECKED_IN_PLACE = ("custom", "aiter", "symm_mem", "pynccl", "shm")
+EXIT_CODE = 70  # EX_SOFTWARE
+
+# What the tensor-parallel group found bad, for the groups that are built after it.
+_found_bad: dict[str, ProbeResult] = {}
+
+
+class Start:
+    """One group's start."""
+
+    def __init__(self, world: World, name: str, device_group: Any) -> None:
+        self.world = world
+        self.name = name
+        self.device_group = device_group
+        self.tries = is_tensor_parallel(name)
+        self.began = time.monotonic()
+        self.notes: list[str] = []
+        self.unfinished: list[str] = []
+
+    def run(self, communicator: Any, build: Callable[[tuple[str, ...]], None]) -> None:
+        """Have the communicator built without its bad paths.
+
+        Args:
+            build: calls vLLM's constructor; told which paths are left out.
+        Raises:
+            ValueError: the variable's value is not understood.
+            NoUsablePathError: nothing that works is left. On every rank alike.
+        """
+        override, machine, known = self._agree()
+        names = candidates(self.name, self.world.device)
+        if override.mode == "on":
+            build(())
+            if self.tries:
+                self._say(logging.INFO, f"paths are not tried: {VARIABLE}=on")
+            return
+        known.update(self._probe(names, override, machine, known))
+        if self.tries:
+            _found_bad.update({name: r for name, r in known.items() if r.bad and name in names})
+        decision = decide(names, known, override)
+        without = tuple(decision.off)
+        with (
+            self._watched(machine, decision.on, "built", BUILD_LIMIT_S),
+            left_out(without, self.device_group, self.world.device),
+        ):
+            build(without)
+        if self.tries:
+            results = self._check(communicator, machine, decision, override, known)
+            self._report(communicator, decision, results)
+
+    # --- Before vLLM builds anything
+
+    def _agree(self) -> tuple[Override, Machine, dict[str, ProbeResult]]:
+        """Rank 0's settings and memory hold for all."""
+        mine = (*device_identity(self.world.device), _physical_id(self.world.device), _found_bad)
+        everyone: list[Any] = [None] * self.world.world_size
+        dist.all_gather_object(everyone, mine, group=self.world.group)
+        agreed: list[Any] = [None]
+        if self.world.rank == 0:
+            linked = _fully_linked([physical for _, _, physical, _ in everyone])
+            identities = [(host, device) for host, device, _, _ in everyone]
+            machine = describe(self.world.device, identities, linked)
+            text = os.environ.get(VARIABLE)
+            agreed = [(text, machine, cache.load(machine), cache.unfinished(machine))]
+        _broadcast(agreed, self.world)
+        text, machine, known, self.unfinished = agreed[0]
+        for _, _, _, found_bad in everyone:
+            known.update(found_bad)
+        return parse_override(text), machine, known
+
+    def _probe(
+        self,
+        names: tuple[str, ...],
+        override: Override,
+        machine: Machine,
+        known: Mapping[str, ProbeResult],
+    ) -> dict[str, ProbeResult]:
+        """Try in child processes what may hang, if nothing is known of it."""
+        if override.mode == "off" or not self.tries:
+            return {}
+        if override.mode == "probe":
+            why, suspects = f"{VARIABLE}=probe", set(names)
+        else:
+            why = "reported on such a machine, or left unfinished by an earlier start"
+            suspects = {name for name in probe_first(machine) if name not in known}
+            suspects.update(self.unfinished)
+        suspects -= set(decide(names, {}, override).off)  # what the user left out
+        paths = [PATHS[name] for name in names if name in suspects and PATHS[name].opener]
+        if not paths:
+            return {}
+        tried = ", ".join(path.name for path in paths)
+        self._say(logging.INFO, f"trying {tried} in child processes ({why})")
+        began = time.monotonic()
+        store = host_store() if self.world.rank == 0 else None
+        meeting: list[Any] = [store and (_address(machine), store.port)]
+        _broadcast(meeting, self.world)
+        devices = {self.world.rank: str(self.world.device)}
+        found: dict[str, ProbeResult] = {}
+        try:
+            found = probe(paths, devices, self.world.world_size, store or meeting[0])
+        except ProbeError as error:
+            self.notes.append(f"no child process could be run ({error})")
+        self.notes.append(f"child processes took {time.monotonic() - began:.1f} s")
+        # Nobody may leave while the others still read from the store that rank 0 holds.
+        dist.barrier(group=self.world.group)
+        if self.world.rank == 0 and found:
+            cache.save(machine, found)
+            cache.unfinished(machine, clear=True)
+        return found
+
+    # --- After
+
+    def _check(
+        self,
+        communicator: Any,
+        machine: Machine,
+        decision: Decision,
+        override: Override,
+        known: Mapping[str, ProbeResult],
+    ) -> dict[str, ProbeResult]:
+        """Try in place what vLLM built and switch off what fails."""
+        results: dict[str, ProbeResult] = {}
+        with self._watched(machine, decision.on, "checked", CHECK_LIMIT_S):
+            for name in decision.on:
+                path = self._built(communicator, name)
+                if path is None:
+                    continue
+                captured = name not in known or known[name].outcome != "ok"
+                result = results[name] = self._try(name, path, captured)
+                if not result.bad:
+                    continue
+                _found_bad[name] = result
+                switch_off(communicator, name, self.device_group)
+                if name in override.only:
+                    raise NoUsablePathError(refusal(result, asked=True))
+            if {"pynccl", "shm"} & (set(decision.off) | set(_found_bad)):
+                self._try_torch()
+        if self.world.rank == 0 and results:
+            cache.save(machine, results)
+        return results
+
+    def _built(self, communicator: Any, name: str) -> Collective | None:
+        """A path of the finished communicator, if it is there and can be tried in place."""
+        if name not in CHECKED_IN_PLACE:
+            return None
+        try:
+            if name == "shm":
+                return shm_collective(communicator, self.world)
+            return collective(name, getattr(communicator, PARTS[name].attribute), self.world)
+        except Unavailable:
+            return None  # vLLM decides that alike on all ranks
+
+    def _try(self, name: str, path: Collective, captured: bool) -> ProbeResult:
+        """The path's result over all ranks: the first bad one, else this rank's."""
+        began = time.monotonic()
+        findings = run_checks(path, self.world, captured, CHECK_SIZES)
+        took = round(time.monotonic() - began, 3)
+        mine = ProbeResult(name, findings.outcome, findings.detail, took, findings.cases)
+        everyone: list[Any] = [None] * self.world.world_size
+        dist.all_gather_object(everyone, mine, group=self.world.group)
+        for rank, result in enumerate(everyone):
+            if result.bad:
+                detail = f"{result.detail}, on rank {rank} of {self.world.world_size}"
+                return ProbeResult(name, result.outcome, detail, took, result.cases)
+        return mine
+
+    def _try_torch(self) -> None:
+        """torch.distributed takes over from PyNccl or shared memory: it has to work."""
+        path = over_group(self.device_group, self.world.world_size)
+        result = self._try("torch", path, captured=True)
+        if result.bad:
+            raise NoUsablePathError(refusal(result, asked=False))
+
+    def _report(
+        self, communicator: Any, decision: Decision, results: Mapping[str, ProbeResult]
+    ) -> None:
+        bad = {name: fault(result) for name, result in results.items() if result.bad}
+        off = {**decision.off, **bad}
+        there = [n for n in decision.candidates if n in off or is_active(communicator, n)]
+        final = Decision(tuple(there), off)
+        tried = ", ".join(name for name, result in results.items() if not result.bad)
+        took = time.monotonic() - self.began
+        text = "; ".join(
+            [final.describe(), *self.notes, f"tried in place: {tried or 'none'}; {took:.1f} s"]
+        )
+        found_bad = any(VARIABLE not in why for why in final.off.values())
+        if found_bad:
+            text += f". {VARIABLE}=probe tries again, {VARIABLE}=on trusts every path"
+        self._say(logging.WARNING if found_bad else logging.INFO, text)
+
+    @contextlib.contextmanager
+    def _watched(
+        self, machine: Machine, names: tuple[str, ...], doing: str, limit_s: float
+    ) -> Iterator[None]:
+        """Leave a mark, and end the process with a message if this does not come to an end.
+
+        A thread that is stuck in a driver call cannot be interrupted, and a rank that went on
+        alone would leave the others waiting for ever: a refusal is all that is left.
+        """
+        paths = [name for name in names if PATHS[name].opener]
+        out = f"{VARIABLE}={f'-{paths[0]}' if paths[:1] not in ([], ['torch']) else 'off'}"
+        finished = threading.Event()
+
+        def watch() -> None:
+            if finished.wait(limit_s):
+                return
+            self._say(
+                logging.ERROR,
+                f"a path hangs: {', '.join(paths)} not {doing} within {limit_s:g} s on rank "
+                f"{self.world.rank}. The server cannot go on. The next start tries them in child "
+                f"processes and leaves out what hangs; {out} leaves it out now",
+                every_rank=True,
+            )
+            for handler in logging.getLogger("vllm").handlers:
+                handler.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+        threading.Thread(target=watch, name="moe-backend-comm", daemon=True).start()
+        mark = cache.marked(machine, paths) if self.world.rank == 0 else contextlib.nullcontext()
+        try:
+            with mark:
+                yield
+        except Exception as error:
+            if not isinstance(error, NoUsablePathError):
+                error.add_note(
+                    f"moe_backend: while these were {doing}: {', '.join(paths)}. The next start "
+                    f"tries them in child processes; {out} leaves one out now."
+                )
+            raise
+        finally:
+            finished.set()
+
+    def _say(self, level: int, text: str, every_rank: bool = False) -> None:
+        if self.world.rank == 0 or every_rank:
+            logger.log(
+                level, "collectives of %s (%d ranks): %s", self.name, self.world.world_size, text
+            )
+
+
+# --- Small facts ----------------------------------------------------------------------------------
+
+
+def _physical_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    from vllm.platforms import current_platform
+
+    try:
+        return int(current_platform.visible_device_id_to_physical_device_id(device.index))
+    except (AttributeError, ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def _fully_linked(physical: list[int | None]) -> bool | None:
+    """Whether every pair has NVLink or XGMI; None if vLLM cannot tell."""
+    if None in physical:
+        return None
+    from vllm.platforms import current_platform
+
+    try:
+        return bool(current_platform.is_fully_connected(physical))
+    except Exception:  # the management library's own errors, different on each platform
+        return None
+
+
+def _address(machine: Machine) -> str:
+    if machine.hosts == 1:
+        return "127.0.0.1"
+    from vllm.utils.network_utils import get_ip
+
+    return str(get_ip())
+
+
+def _broadcast(objects: list[Any], world: World) -> None:
+    source = dist.get_process_group_ranks(world.group)[0]
+    dist.broadcast_object_list(objects, src=source, group=world.group, device=torch.device("cpu"))

@@ -1,0 +1,177 @@
+"""Every fault on every path, in real processes over gloo: found, within time, and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import comm_fork
+import pytest
+from comm_faults import start_forked
+
+from moe_backend.comm import PATHS, ProbeError, ProbeResult, probe
+from moe_backend.comm.child import Job
+from moe_backend.comm.probe import host_store, start_subprocess
+
+PROBED = [name for name, path in PATHS.items() if path.opener]
+LIMIT_S = 0.6
+ROUND_S = 2.5  # what a round may take beside the limit, on a loaded machine
+
+
+def path_with(fault: str, name: str = "custom", limit_s: float = LIMIT_S):
+    return replace(PATHS[name], opener=f"comm_faults:{fault}", limit_s=limit_s)
+
+
+def run(paths, ranks: int = 2, start=start_forked, **more) -> dict[str, ProbeResult]:
+    devices = dict.fromkeys(range(ranks), "cpu")
+    return probe(paths, devices, ranks, host_store(), start, **more)
+
+
+@pytest.fixture(autouse=True)
+def children_find_the_faults(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", comm_fork.python_path())
+    comm_fork.wait_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "says"),
+    [
+        (
+            "nan_on_one_rank",
+            "nan",
+            "all_reduce bfloat16[128]: 1 of 128 values differ, [127] is nan",
+        ),
+        ("wrong_on_one_rank", "wrong", "on rank 1 of 2"),
+        ("hang_mid_run", "hang", "all_reduce bfloat16[8192], within 0.6 s"),
+        ("crash_at_init", "crash", "while it was set up (exit code -11) about to crash"),
+        ("error_mid_run", "error", "RuntimeError: invalid argument, on rank 1 of 2"),
+    ],
+)
+def test_fault_on_every_path(fault, outcome, says):
+    """Each path in turn has the fault; the healthy one after them is reached all the same."""
+    paths = [path_with(fault, name) for name in PROBED if name != "torch"]
+    began = time.monotonic()
+    results = run([*paths, path_with("healthy", "torch", limit_s=10)])
+    took = time.monotonic() - began
+    for path in paths:
+        assert results[path.name].outcome == outcome, results[path.name]
+        assert says in results[path.name].detail
+        assert results[path.name].bad
+    assert results["torch"].outcome == "ok"
+    rounds = 1 if outcome in ("nan", "wrong") else len(paths) + 1
+    assert took < 5 + rounds * (ROUND_S + (LIMIT_S if outcome == "hang" else 0))
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        ("wrong_order_of_gather", "wrong"),
+        ("last_result_again", "wrong"),
+        ("one_rank_forgotten", "wrong"),
+        ("hang_at_init", "hang"),
+        ("hang_with_interpreter_lock", "hang"),
+        ("exit_mid_run", "crash"),
+        ("absent", "unavailable"),
+        ("absent_on_one_rank", "unavailable"),
+    ],
+)
+def test_other_faults(fault, outcome):
+    results = run([path_with(fault), path_with("healthy", "torch", limit_s=10)])
+    assert results["custom"].outcome == outcome, results["custom"]
+    assert results["torch"].outcome == "ok"
+
+
+def test_healthy_paths_are_all_tried_in_one_round():
+    results = run([path_with("healthy", name, limit_s=10) for name in PROBED])
+    assert [r.outcome for r in results.values()] == ["ok"] * len(PROBED)
+    assert {r.cases for r in results.values()} == {18}  # 3 sizes, 3 dtypes, sum and gather
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [("exit_mid_run", "crash"), ("error_mid_run", "error"), ("hang_mid_run", "hang")],
+)
+def test_every_process_that_watches_one_rank_comes_to_the_same_verdict(fault, outcome):
+    """As in a server: each worker answers for its own rank."""
+    store = host_store()
+    paths = [path_with(fault), path_with("healthy", "torch", limit_s=10)]
+
+    def worker(rank: int) -> dict[str, ProbeResult]:
+        meeting = store if rank == 0 else (store.host, store.port)
+        return probe(paths, {rank: "cpu"}, 2, meeting, start_forked)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(worker, range(2))
+    assert {name: r.outcome for name, r in first.items()} == {"custom": outcome, "torch": "ok"}
+    assert first == second
+
+
+@pytest.mark.parametrize(("ranks", "start"), [(2, start_subprocess), (4, start_forked)])
+def test_rounds_go_on_after_each_fault(ranks, start):
+    """With new interpreters as in production, and with more ranks."""
+    faults = {"custom": "absent", "pynccl": "crash_at_init", "torch": "healthy"}
+    paths = [path_with(fault, name, limit_s=2) for name, fault in faults.items()]
+    results = run(paths, ranks, start)
+    assert [r.outcome for r in results.values()] == ["unavailable", "crash", "ok"]
+    assert f"on rank {ranks - 1} of {ranks}" in results["pynccl"].detail
+    assert "exit code -11" in results["pynccl"].detail
+
+
+def test_children_that_cannot_start_say_nothing_of_any_path():
+    def start(job: Job, log: Path):
+        return start_forked(replace(job, device="cuda:7"), log)
+
+    with pytest.raises(ProbeError, match="rank [01]: "):
+        run([path_with("healthy")], start=start)
+
+
+def test_children_that_do_not_meet_are_given_up():
+    """One rank's process is stuck before anything has begun: no path is to blame."""
+
+    def start(job: Job, log: Path):
+        return start_forked(replace(job, world_size=3), log)  # waits for a third
+
+    began = time.monotonic()
+    with pytest.raises(ProbeError, match="waiting for the other ranks, within 2 s"):
+        run([path_with("healthy")], start=start, start_limit_s=2)
+    assert time.monotonic() - began < 10
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "probe.json"
+    options = ["--device", "cpu", "--save", "--path", "torch", "--path", "torch_symm_mem"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_backend.comm", *options, "--json", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {result["path"]: result["outcome"] for result in json.loads(out.read_text())["results"]}
+    assert found == {"torch": "ok", "torch_symm_mem": "unavailable"}
+    assert len(list(tmp_path.glob("moe_backend/comm/*.json"))) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_command_line_on_gpus(tmp_path):
+    """What torch offers works here, eager and captured."""
+    import torch
+
+    ranks = min(torch.cuda.device_count(), 4)
+    if ranks < 2:
+        pytest.skip("needs two GPUs")
+    out = tmp_path / "probe.json"
+    command = [sys.executable, "-m", "moe_backend.comm", "--world-size", str(ranks)]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {r["path"]: r for r in json.loads(out.read_text())["results"]}
+    assert found["torch"]["outcome"] == "ok"
+    assert found["torch"]["cases"] > 24  # the captured ones are on top of 4 sizes x 3 dtypes x 2
