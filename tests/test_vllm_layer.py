@@ -263,6 +263,34 @@ def test_expert_bias():
         make_layer(problem, "bf16", has_bias=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_lora_enabled": True}, "LoRA on the experts is not supported"),
+        ({"use_batched_activation_format": True}, "batched activation format .*allgather_reduce"),
+    ],
+)
+def test_lora_and_batched_formats(changes, message):
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from moe_backend.engines.vllm_experts import refuse_unsupported
+
+    facts = {"is_lora_enabled": False, "use_batched_activation_format": False, **changes}
+    config = SimpleNamespace(
+        is_lora_enabled=facts["is_lora_enabled"],
+        moe_parallel_config=SimpleNamespace(
+            use_batched_activation_format=facts["use_batched_activation_format"]
+        ),
+        has_bias=False,
+        is_act_and_mul=True,
+        activation=MoEActivation.SILU,
+    )
+    with pytest.raises(ValueError, match=f"blockscale cannot serve model.layers.1 .*{message}"):
+        refuse_unsupported("model.layers.1", None, config)
+
+
 def unsupported_configs():
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
@@ -281,9 +309,24 @@ def unsupported_configs():
         }
     )
     yield "nvfp4 w4a16", weight_only
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
+
+    yield (
+        "mxfp8",
+        ModelOptMxFp8Config.from_config(
+            {
+                "quantization": {
+                    "quant_algo": "MXFP8",
+                    "group_size": 32,
+                    "kv_cache_quant_algo": None,
+                    "exclude_modules": [],
+                }
+            }
+        ),
+    )
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_unsupported_quantisation(which):
     _, config = list(unsupported_configs())[which]
     problem = build(Case("bf16", ACTIVATIONS[0]))
