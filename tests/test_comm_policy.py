@@ -70,19 +70,18 @@ def test_reports_match_their_machines_only():
 @pytest.mark.parametrize(
     ("machine", "paths"),
     [
-        (H200, ["flashinfer"]),
+        (H200, []),
         (replace(MI355, world_size=4), ["aiter"]),
         (MI355, ["aiter", "pynccl", "torch"]),
         (replace(MI355, world_size=2, hip="7.2.0.70200-43"), ["custom", "aiter"]),
         (Machine("gfx942", 8, hip="7.1"), ["custom", "aiter"]),
-        (PCIE, ["custom", "flashinfer", "pynccl", "torch"]),
+        (PCIE, ["custom", "pynccl", "torch"]),
         (Machine("cpu", 2), []),
         (Machine("cpu", 2, hosts=2), ["shm"]),
     ],
 )
 def test_what_is_tried_in_child_processes_first(machine, paths):
-    expected = [name for name in paths if name != "flashinfer" or machine.arch == "sm_90"]
-    assert probe_first(machine) == expected
+    assert probe_first(machine) == paths
 
 
 # --- What the user asks for -----------------------------------------------------------------------

@@ -24,7 +24,8 @@ class Report:
         arch: regular expression for `Machine.arch`.
         unlinked: only where devices lack a direct link (NVLink, XGMI).
         hip_before: only on ROCm versions before this one.
-        settled: repaired or withdrawn, so it gives no reason to try the path more carefully.
+        settled: gives no reason to try the path more carefully: repaired, withdrawn, or nothing
+            that a probe at start-up could meet.
     """
 
     path: str
@@ -221,19 +222,19 @@ REPORTS = (
         "flashinfer",
         r"sm_90",
         "crash",
-        "fused with RMSNorm: invalid argument",
+        "fused with RMSNorm, in one model: invalid argument",
         "vllm-project/vllm#45604",
-        "open",
-        settled=False,
+        "open; the fused kernel runs in the compiled model only, where no probe reaches it",
+        settled=True,
     ),
     Report(
         "flashinfer",
         NVIDIA,
         "hang",
-        "mnnvl workspace across hosts joined by InfiniBand only",
+        "mnnvl workspace across hosts joined by InfiniBand only: 30 s, then another backend",
         "vllm-project/vllm#51986",
-        "open",
-        settled=False,
+        "open; costs time and memory, and ends by itself",
+        settled=True,
         min_hosts=2,
     ),
     # NCCL and RCCL
