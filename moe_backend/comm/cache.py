@@ -1,6 +1,6 @@
 """Verdicts of earlier starts, and the mark of a start that did not come through.
 
-One file per `Machine.key` under `$XDG_CACHE_HOME/moe_backend/comm` (else `~/.cache/...`). Deleting
+One file per `Machine.key` under `$XDG_CACHE_HOME/moe-backend/comm` (else `~/.cache/...`). Deleting
 the folder is always safe. A folder that cannot be written only means that nothing is remembered.
 """
 
@@ -23,7 +23,7 @@ from moe_backend.comm.policy import ProbeResult
 
 def folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moe_backend" / "comm"
+    return Path(root) / "moe-backend" / "comm"  # with a hyphen: not to be taken for the package
 
 
 def verdict_file(machine: Machine) -> Path:
