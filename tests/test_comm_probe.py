@@ -156,7 +156,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = {result["path"]: result["outcome"] for result in json.loads(out.read_text())["results"]}
     assert found == {"torch": "ok", "torch_symm_mem": "unavailable"}
-    assert len(list(tmp_path.glob("moe_backend/comm/*.json"))) == 1
+    assert len(list(tmp_path.glob("moe-backend/comm/*.json"))) == 1
 
 
 @pytest.mark.gpu
