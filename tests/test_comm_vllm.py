@@ -21,7 +21,7 @@ VARIABLE = "MOE_BACKEND_ALL_REDUCE"
 
 def cached(folder: Path) -> dict[str, str]:
     """Path to outcome, in the one verdict file of the folder."""
-    (file,) = folder.glob("cache/moe_backend/comm/*.json")
+    (file,) = folder.glob("cache/moe-backend/comm/*.json")
     return {name: r["outcome"] for name, r in json.loads(file.read_text())["results"].items()}
 
 
