@@ -23,7 +23,7 @@ from triton.testing import do_bench
 from moe_backend import __version__
 from moe_backend.activation import Activation
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights, Weights
-from moe_backend.formats.fp8_block import cdiv
+from moe_backend.formats.fp8_block import Block, cdiv
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.verify.metrics import difference
@@ -44,20 +44,22 @@ class Shape:
     top_k: int
     hidden: int
     intermediate: int
-    block: tuple[int, int] | None
+    blocks: tuple[Block, Block] | None
     tokens: tuple[int, ...]
 
 
+GRID = ((128, 128), (128, 128))
+REFINED = ((32, 128), (128, 32))
 SHAPES = (
-    Shape("step-3.5 EP8", "fp8_block", 288, 36, 8, 4096, 1280, (128, 128), (1, 8, 64, 1024, 4096)),
-    Shape("step-3.5 TP8 even", "fp8_block", 288, 288, 8, 4096, 160, (32, 32), (1, 8, 64, 1024)),
+    Shape("step-3.5 EP8", "fp8_block", 288, 36, 8, 4096, 1280, GRID, (1, 8, 64, 1024, 4096)),
+    Shape("step-3.5 TP8 even", "fp8_block", 288, 288, 8, 4096, 160, REFINED, (1, 8, 64, 1024)),
     Shape("deepseek-v4-flash EP8", "nvfp4", 256, 32, 6, 4096, 2048, None, (1, 8, 64, 1024)),
 )
 
 
 def random_weights(s: Shape) -> Weights:
     e, h, i = s.local, s.hidden, s.intermediate
-    if s.block is None:
+    if s.blocks is None:
 
         def codes(*shape: int) -> torch.Tensor:
             return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
@@ -69,7 +71,7 @@ def random_weights(s: Shape) -> Weights:
         w13, s13 = codes(e, 2 * i, h // 2), scales(e, 2 * i, h // 16)
         w2, s2 = codes(e, h, i // 2), scales(e, h, i // 16)
         return Nvfp4Weights(w13, s13, factors, w2, s2, factors[:, :1].clone())
-    bn, bk = s.block
+    (n13, k13), (n2, k2) = s.blocks
 
     def fp8(rows: int, columns: int) -> torch.Tensor:
         out = torch.empty(e, rows, columns, device="cuda", dtype=torch.float8_e4m3fn)
@@ -77,9 +79,9 @@ def random_weights(s: Shape) -> Weights:
             expert.copy_(torch.randn(rows, columns, device="cuda") * 64)
         return out
 
-    s13 = torch.rand(e, 2 * cdiv(i, bn), cdiv(h, bk), device="cuda") * 1e-4 + 1e-4
-    s2 = torch.rand(e, cdiv(h, bn), cdiv(i, bk), device="cuda") * 1e-4 + 1e-4
-    return Fp8BlockWeights(fp8(2 * i, h), s13, fp8(h, i), s2, s.block)
+    s13 = torch.rand(e, 2 * cdiv(i, n13), cdiv(h, k13), device="cuda") * 1e-4 + 1e-4
+    s2 = torch.rand(e, cdiv(h, n2), cdiv(i, k2), device="cuda") * 1e-4 + 1e-4
+    return Fp8BlockWeights(fp8(2 * i, h), s13, fp8(h, i), s2, *s.blocks)
 
 
 def measure(s: Shape, fused: FusedMoE, reference: FusedMoE, tokens: int) -> dict[str, object]:
@@ -120,7 +122,6 @@ def main() -> None:
         canonical = random_weights(s)
         layer = LayerConfig(
             format=s.format,
-            block_shape=s.block,
             num_experts=s.experts,
             num_local_experts=s.local,
             top_k=s.top_k,
@@ -130,6 +131,7 @@ def main() -> None:
             dtype="bfloat16",
             device="cuda",
             expert_parallel=s.local != s.experts,
+            **(dict(zip(("w13_block", "w2_block"), s.blocks, strict=True)) if s.blocks else {}),
         )
         layers = [FusedMoE(layer, canonical, kernel=name) for name in ("triton", "reference")]
         for tokens in s.tokens:

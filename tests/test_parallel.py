@@ -74,7 +74,7 @@ def test_answers_of_one_rank(dialect, layout, models, tmp_path):
     assert sum(several["right"]) >= 0.97 * PROMPTS
     if dialect == "fp8-block" and "ep" not in layout:
         # The even split: 384 rows over 2 or 4 ranks miss the 128 grid, nothing is padded.
-        block, rows = {"tp2": ("64x64", 192), "tp4": ("32x32", 96)}[layout]
+        block, rows = {"tp2": ("64x128 and 128x64", 192), "tp4": ("32x128 and 128x32", 96)}[layout]
         assert f"fp8_block {block}" in several["log"]
         assert f"intermediate {rows} " in several["log"]
     if layout.endswith("ep"):
