@@ -151,8 +151,9 @@ def test_what_stands_in_is_never_off_itself():
 
 
 def test_refusals_name_the_way_out():
-    with pytest.raises(NoUsablePathError, match=f"{VARIABLE}=auto to use what works"):
+    with pytest.raises(NoUsablePathError, match=f"{VARIABLE}=auto to use what works") as error:
         decide(GPU, bad("custom"), Override(only=("custom",)))
+    assert f"{VARIABLE}=probe tries it again" in str(error.value)  # the finding may be a stored one
     with pytest.raises(NoUsablePathError, match="NCCL_P2P_DISABLE=1") as error:
         decide(GPU, bad("torch"), Override())
     assert f"{VARIABLE}=probe" in str(error.value)
@@ -246,6 +247,12 @@ def test_verdicts_are_kept_and_merged(machine):
     assert cache.save(machine, bad("custom"))
     assert cache.save(machine, {"shm": ProbeResult("shm", "ok")})
     assert cache.load(machine) == {**bad("custom"), "shm": ProbeResult("shm", "ok")}
+
+
+def test_a_failure_of_what_everything_falls_back_on_is_not_remembered(machine):
+    """It would refuse every later start untried."""
+    assert cache.save(machine, bad("torch") | bad("custom"))
+    assert cache.load(machine) == bad("custom")
 
 
 def test_verdicts_hold_for_their_machine_only(machine, monkeypatch):

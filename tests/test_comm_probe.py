@@ -112,6 +112,20 @@ def test_every_process_that_watches_one_rank_comes_to_the_same_verdict(fault, ou
     assert first == second
 
 
+def test_time_that_imports_take_is_not_held_against_a_path():
+    slow = replace(PATHS["custom"], opener="comm_slow_import:healthy", limit_s=1.5)
+    assert run([slow])["custom"].outcome == "ok"
+
+
+def test_processes_that_a_path_has_started_end_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPILERS", str(tmp_path))
+    results = run([path_with("hang_beside_a_compiler", limit_s=1)], start=start_subprocess)
+    assert results["custom"].outcome == "hang"
+    for rank in range(2):
+        compiler = Path("/proc", (tmp_path / str(rank)).read_text(), "stat")
+        assert not compiler.exists() or ") Z " in compiler.read_text()
+
+
 @pytest.mark.parametrize(("ranks", "start"), [(2, start_subprocess), (4, start_forked)])
 def test_rounds_go_on_after_each_fault(ranks, start):
     """With new interpreters as in production, and with more ranks."""
@@ -129,6 +143,26 @@ def test_children_that_cannot_start_say_nothing_of_any_path():
 
     with pytest.raises(ProbeError, match="rank [01]: "):
         run([path_with("healthy")], start=start)
+
+
+def test_a_child_that_one_process_cannot_start_is_no_ones_fault():
+    """As for want of memory: the other processes are told, and do not wait for it."""
+    store = host_store()
+
+    def start(job: Job, log: Path):
+        if job.rank == 1:
+            raise OSError("Cannot allocate memory")
+        return start_forked(job, log)
+
+    def worker(rank: int) -> None:
+        meeting = store if rank == 0 else (store.host, store.port)
+        with pytest.raises(ProbeError, match="rank 1: .*Cannot allocate memory"):
+            probe([path_with("healthy")], {rank: "cpu"}, 2, meeting, start)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(worker, range(2)))
+    assert time.monotonic() - began < 10
 
 
 def test_children_that_do_not_meet_are_given_up():
