@@ -89,6 +89,7 @@ def _one_after_another(
     for number, (args, env) in enumerate(scenarios):
         print(MARK, flush=True)
         vllm_comm_start._found_bad.clear()
+        vllm_comm_start._tried.clear()
         cache = Path(os.environ["XDG_CACHE_HOME"]).with_name(f"cache{number}")
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {"XDG_CACHE_HOME": str(cache), **env}.items():
