@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -56,15 +57,22 @@ def models(tiny, tmp_path_factory):
     return model
 
 
+DIALECTS = ("bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct")
+IN_MAKE_TEST = (
+    ("bf16", "tp2"),
+    ("fp8-block", "tp2"),
+    ("fp8-block", "tp4"),
+    ("fp8-block", "tp2-ep"),
+    ("nvfp4-modelopt", "tp4"),
+    ("nvfp4-ct", "tp4-ep"),
+)
+
+
 @pytest.mark.parametrize(
     ("dialect", "layout"),
     [
-        ("bf16", "tp2"),
-        ("fp8-block", "tp2"),
-        ("fp8-block", "tp4"),
-        ("fp8-block", "tp2-ep"),
-        ("nvfp4-modelopt", "tp4"),
-        ("nvfp4-ct", "tp4-ep"),
+        pytest.param(*case, marks=() if case in IN_MAKE_TEST else pytest.mark.long)
+        for case in itertools.product(DIALECTS, LAYOUTS)
     ],
 )
 def test_answers_of_one_rank(dialect, layout, models, tmp_path):
