@@ -414,6 +414,20 @@ def test_first_group_is_tried_whatever_its_name(tmp_path):
     assert "collectives of dp:0 (2 ranks): pynccl off (gave NaN" in ended[0].output
 
 
+@pytest.mark.parametrize("name", ["tp:0", "ep:0"])
+def test_pynccl_that_vllm_itself_leaves_out(name, tmp_path):
+    """vLLM 0.33 does so in silence with NCCL before 2.29.7; its all_gatherv then fails."""
+    ended = run_ranks(
+        gpu_rank, 2, tmp_path, {"pynccl": "disabled"}, False, name, env={VARIABLE: "auto"}
+    )
+    for one in ended:
+        built, there, _ = one.value or one.output
+        assert "pynccl" in built
+        assert "pynccl" not in there
+    assert "vLLM has no PyNccl here, torch serves instead" in ended[0].output
+    assert "all paths on: custom, symm_mem, flashinfer, torch" in ended[0].output or name == "ep:0"
+
+
 def two_groups(rank: int, ranks: int) -> list[str]:
     """A second group after the tensor-parallel one, left in the middle of an earlier start."""
     from moe_backend.comm import cache

@@ -51,6 +51,7 @@ from moe_backend.engines.vllm_comm_switch import (
     is_active,
     is_tensor_parallel,
     left_out,
+    stand_in_for_pynccl,
     switch_off,
 )
 
@@ -110,6 +111,8 @@ class Start:
             left_out(without, self.device_group, self.world.device),
         ):
             build(without)
+        if stand_in_for_pynccl(communicator, self.device_group):
+            self.notes.append("vLLM has no PyNccl here, torch serves instead")
         if self.tries:
             results = self._check(communicator, machine, decision, known)
             for name, result in results.items():
@@ -200,7 +203,10 @@ class Start:
                 if result.bad:
                     _found_bad[name] = result
                     switch_off(communicator, name, self.device_group)
-            if {"pynccl", "shm"} & (set(decision.off) | set(_found_bad)):
+            if any(
+                name in decision.candidates and not is_active(communicator, name)
+                for name in ("pynccl", "shm")
+            ):
                 path = over_group(self.device_group, self.world.world_size)
                 results["torch"] = self._try("torch", path, captured=True)
         if self.world.rank == 0 and results:
@@ -209,7 +215,7 @@ class Start:
 
     def _built(self, communicator: Any, name: str) -> Collective | None:
         """A path of the finished communicator, if it is there and can be tried in place."""
-        if name not in CHECKED_IN_PLACE:
+        if name not in CHECKED_IN_PLACE or not is_active(communicator, name):
             return None
         try:
             if name == "shm":
