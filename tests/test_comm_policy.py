@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def test_every_report_names_a_path_a_source_and_a_status():
         assert re.search(r"#\d+|\.py$", report.source), report
         assert report.status
         re.compile(report.arch)
+
+
+def test_docs_list_every_report_and_path():
+    text = (Path(__file__).parents[1] / "docs" / "communication.md").read_text()
+    for name, path in PATHS.items():
+        assert f"| `{name}` | {path.what} | " in text
+    rows = [line for line in text.splitlines() if re.match(r"\| \w+ \| `(gfx|sm_|cpu)", line)]
+    assert len(rows) == len(REPORTS)
+    for report in REPORTS:
+        said = f"| {report.symptom}: {report.condition} | {report.source} | {report.status} | "
+        (row,) = [row for row in rows if row.startswith(f"| {report.path} | ") and said in row]
+        assert f"`{report.arch}`" in row
+        hazard = not report.settled and report.symptom in ("hang", "crash")
+        assert row.endswith("| yes |" if hazard else "|  |")
 
 
 def test_every_path_falls_back_on_torch():

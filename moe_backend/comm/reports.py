@@ -267,7 +267,7 @@ REPORTS = (
         "pynccl",
         NVIDIA,
         "refused",
-        "vLLM 0.33 with NCCL before 2.29.7, which lacks ncclCommSuspend: PyNccl is left out in silence",
+        "vLLM 0.33 leaves it out, in silence, with NCCL before 2.29.7 (no ncclCommSuspend)",
         "vLLM distributed/device_communicators/pynccl_wrapper.py",
         "seen with NCCL 2.28.9; torch.distributed serves instead, through this package",
         settled=True,
