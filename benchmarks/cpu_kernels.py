@@ -45,7 +45,6 @@ def main() -> None:
         )
         layer = LayerConfig(
             format="bf16",
-            block_shape=None,
             num_experts=experts,
             num_local_experts=experts,
             top_k=top_k,

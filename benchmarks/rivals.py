@@ -52,7 +52,7 @@ def build(layer: LayerConfig, weights: Weights) -> Iterator[tuple[str, Experts |
         yield "vllm-triton", _bf16(layer, weights)
         return
     names = FP8 if isinstance(weights, Fp8BlockWeights) else NVFP4
-    if layer.block_shape not in (None, (128, 128)):
+    if layer.w13_block not in (None, (128, 128)):
         return  # no backend of vLLM takes these blocks
     for name in names:
         try:

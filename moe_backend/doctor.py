@@ -79,7 +79,6 @@ def _layers(device: str, problems: list[str]) -> list[LayerRow]:
         for activation in ACTIVATIONS:
             layer = LayerConfig(
                 format=format_name,
-                block_shape=(128, 128) if format_name == "fp8_block" else None,
                 num_experts=8,
                 num_local_experts=8,
                 top_k=2,
@@ -88,6 +87,8 @@ def _layers(device: str, problems: list[str]) -> list[LayerRow]:
                 activation=activation,
                 dtype="bfloat16",
                 device=device,
+                w13_block=(128, 128) if format_name == "fp8_block" else None,
+                w2_block=(128, 128) if format_name == "fp8_block" else None,
             )
             try:
                 selection = select(layer)

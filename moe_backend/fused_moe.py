@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from moe_backend.formats import Weights
+from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.registry import Kernel, LayerConfig, Selection, kernel_named, select
 
 logger = logging.getLogger("moe_backend")
@@ -88,9 +89,8 @@ class FusedMoE:
     def describe(self) -> str:
         """Format, layout, kernel and the reason, for the log; the same for equal layers."""
         layer = self.layer
-        block = (
-            "" if layer.block_shape is None else f" {layer.block_shape[0]}x{layer.block_shape[1]}"
-        )
+        blocks = dict.fromkeys(by(b) for b in (layer.w13_block, layer.w2_block) if b is not None)
+        block = f" {' and '.join(blocks)}" if blocks else ""
         groups = self.selection.kernel.activation_groups(layer, tokens=1)
         activations = "not quantised" if groups is None else f"fp8 1x{groups[0]}, 1x{groups[1]}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -91,6 +92,14 @@ def one_rank_forgotten(world: World) -> Collective:
 
 def hang_mid_run(world: World) -> Collective:
     return _from_call(world, MID_RUN, 0, lambda: time.sleep(FOR_EVER))
+
+
+def hang_beside_a_compiler(world: World) -> Collective:
+    """As a path that compiles its kernel on first use: the compiler is a process of its own."""
+    compiler = subprocess.Popen(["sleep", "600"])
+    Path(os.environ["COMPILERS"], str(world.rank)).write_text(str(compiler.pid))
+    time.sleep(FOR_EVER)
+    return healthy(world)
 
 
 def hang_at_init(world: World) -> Collective:

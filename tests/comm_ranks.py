@@ -61,7 +61,14 @@ def run_ranks(
                 (folder / f"output.{port}.{rank}").read_text(errors="replace"),
             )
         )
+    for file in Path("/dev/shm").glob(f"{_ident(port)}-*"):  # of ranks that died
+        file.unlink(missing_ok=True)
     return ended
+
+
+def _ident(port: int) -> str:
+    """How vLLM is to call this run's shared memory."""
+    return f"moe-backend-test-{port}"
 
 
 def run_scenarios(
@@ -89,6 +96,7 @@ def _one_after_another(
     for number, (args, env) in enumerate(scenarios):
         print(MARK, flush=True)
         vllm_comm_start._found_bad.clear()
+        vllm_comm_start._tried.clear()
         cache = Path(os.environ["XDG_CACHE_HOME"]).with_name(f"cache{number}")
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {"XDG_CACHE_HOME": str(cache), **env}.items():
@@ -111,7 +119,7 @@ def _main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.pop("MOE_BACKEND_ALL_REDUCE", None)
-    os.environ.update(settings, VLLM_DIST_IDENT=f"moe-backend-test-{port}")
+    os.environ.update(settings, VLLM_DIST_IDENT=_ident(port))
     try:
         value = _in_world(function, rank, ranks, port, args)
         (folder / f"value.{port}.{rank}").write_bytes(pickle.dumps(value))
@@ -121,7 +129,6 @@ def _main(
         sys.stderr.flush()
         os._exit(1)
     sys.stdout.flush()
-    _remove_shared_memory(port, rank)
     os._exit(0)
 
 
@@ -148,8 +155,3 @@ def _in_world(
             ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo"
         )
         return function(rank, ranks, *args)
-
-
-def _remove_shared_memory(port: int, rank: int) -> None:
-    for file in Path("/dev/shm").glob(f"moe-backend-test-{port}-*_{rank}"):
-        file.unlink(missing_ok=True)

@@ -79,11 +79,12 @@ class StandPyNccl(TorchInsteadOfPyNccl):
     def __init__(self, group: Any, device: Any) -> None:
         built.append("pynccl")
         super().__init__(group, torch.device("cpu"))
+        self.disabled = self.fault == "disabled"
 
     def all_reduce(self, in_tensor: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
         used.append("pynccl")
         result = super().all_reduce(in_tensor, *args, **more)
-        if self.fault and dist.get_rank() == 1:
+        if self.fault in ("nan", "wrong") and dist.get_rank() == 1:
             result.view(-1)[0] += float("nan") if self.fault == "nan" else 1
         return result
 

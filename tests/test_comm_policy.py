@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def test_every_report_names_a_path_a_source_and_a_status():
         assert re.search(r"#\d+|\.py$", report.source), report
         assert report.status
         re.compile(report.arch)
+
+
+def test_docs_list_every_report_and_path():
+    text = (Path(__file__).parents[1] / "docs" / "communication.md").read_text()
+    for name, path in PATHS.items():
+        assert f"| `{name}` | {path.what} | " in text
+    rows = [line for line in text.splitlines() if re.match(r"\| \w+ \| `(gfx|sm_|cpu)", line)]
+    assert len(rows) == len(REPORTS)
+    for report in REPORTS:
+        said = f"| {report.symptom}: {report.condition} | {report.source} | {report.status} | "
+        (row,) = [row for row in rows if row.startswith(f"| {report.path} | ") and said in row]
+        assert f"`{report.arch}`" in row
+        hazard = not report.settled and report.symptom in ("hang", "crash")
+        assert row.endswith("| yes |" if hazard else "|  |")
 
 
 def test_every_path_falls_back_on_torch():
@@ -151,8 +166,9 @@ def test_what_stands_in_is_never_off_itself():
 
 
 def test_refusals_name_the_way_out():
-    with pytest.raises(NoUsablePathError, match=f"{VARIABLE}=auto to use what works"):
+    with pytest.raises(NoUsablePathError, match=f"{VARIABLE}=auto to use what works") as error:
         decide(GPU, bad("custom"), Override(only=("custom",)))
+    assert f"{VARIABLE}=probe tries it again" in str(error.value)  # the finding may be a stored one
     with pytest.raises(NoUsablePathError, match="NCCL_P2P_DISABLE=1") as error:
         decide(GPU, bad("torch"), Override())
     assert f"{VARIABLE}=probe" in str(error.value)
@@ -246,6 +262,12 @@ def test_verdicts_are_kept_and_merged(machine):
     assert cache.save(machine, bad("custom"))
     assert cache.save(machine, {"shm": ProbeResult("shm", "ok")})
     assert cache.load(machine) == {**bad("custom"), "shm": ProbeResult("shm", "ok")}
+
+
+def test_a_failure_of_what_everything_falls_back_on_is_not_remembered(machine):
+    """It would refuse every later start untried."""
+    assert cache.save(machine, bad("torch") | bad("custom"))
+    assert cache.load(machine) == bad("custom")
 
 
 def test_verdicts_hold_for_their_machine_only(machine, monkeypatch):

@@ -81,11 +81,12 @@ def cpu_rank(rank: int, ranks: int) -> str:
     return f"{type(communicator).__name__} {type(communicator.dist_module).__name__}"
 
 
-def short_limits(patch: pytest.MonkeyPatch) -> None:
+def short_limit(patch: pytest.MonkeyPatch, fault: str) -> None:
+    """For the step in which the fault hangs; the other keeps its limit."""
     from moe_backend.engines import vllm_comm_start
 
-    patch.setattr(vllm_comm_start, "BUILD_LIMIT_S", 1.0)
-    patch.setattr(vllm_comm_start, "CHECK_LIMIT_S", 1.0)
+    limit = "BUILD_LIMIT_S" if "when built" in fault else "CHECK_LIMIT_S"
+    patch.setattr(vllm_comm_start, limit, 1.0)
 
 
 @contextlib.contextmanager
@@ -113,7 +114,7 @@ def faulty_shared_memory(fault: str, rank: int):
 
     with pytest.MonkeyPatch.context() as patch:
         if "hang" in fault:
-            short_limits(patch)
+            short_limit(patch, fault)
         if torch.distributed.get_rank() == rank:
             if "when built" in fault:
                 patch.setattr(_CPUSHMDistributed, "_init_cpu_shm", init)
@@ -154,9 +155,14 @@ def rank_without_any_path(rank: int, ranks: int) -> None:
         tensor_parallel_group(ranks)
 
 
-def gpu_rank(rank: int, ranks: int, faults: dict[str, str], rocm: bool) -> tuple[list, list, list]:
-    """vLLM's CudaCommunicator with stand-ins for its parts.
+def gpu_rank(
+    rank: int, ranks: int, faults: dict[str, str], rocm: bool, name: str = "tp:0"
+) -> tuple[list, list, list]:
+    """vLLM's CudaCommunicator with stand-ins for its parts, as the first group of its process.
 
+    Args:
+        faults: path to fault, as in `comm_vllm_parts.Stand`.
+        name: of the group.
     Returns:
         the paths that were built, those still there, and those that an all-reduce used.
     """
@@ -173,23 +179,26 @@ def gpu_rank(rank: int, ranks: int, faults: dict[str, str], rocm: bool) -> tuple
     group = parallel_state.get_tp_group()
     with pytest.MonkeyPatch.context() as patch:
         if os.environ[VARIABLE] == "auto" and "hang" in str(faults):
-            short_limits(patch)
+            short_limit(patch, str(faults))
         patch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", str(int(not rocm)))
         names = parts.install(patch, faults, rocm)
+        if not name.startswith("tp"):
+            names = ("pynccl", "torch")
         patch.setattr(vllm_comm_start, "candidates", lambda *_: names)
+        vllm_comm_start._tried.clear()  # by the CPU platform's group
         patch.setattr(
             type(current_platform),
             "get_device_communicator_cls",
             classmethod(lambda _: f"{CudaCommunicator.__module__}.CudaCommunicator"),
         )
         vllm_comm.register()
-        name = current_platform.get_device_communicator_cls()
-        communicator_class = getattr(vllm_comm, name.rpartition(".")[2])
+        class_name = current_platform.get_device_communicator_cls()
+        communicator_class = getattr(vllm_comm, class_name.rpartition(".")[2])
         communicator = communicator_class(
             cpu_group=group.cpu_group,
             device=torch.device("cpu"),
             device_group=group.device_group,
-            unique_name="tp:0",
+            unique_name=name,
         )
         assert isinstance(communicator, CudaCommunicator)  # graph capture asserts that
         group.device_communicator = communicator
@@ -247,7 +256,7 @@ def test_wrong_result_switches_the_path_off(ranks, tmp_path):
 
 def test_finding_is_remembered(tmp_path):
     run_ranks(faulty_cpu_rank, 2, tmp_path, "wrong", env={VARIABLE: "auto"})
-    assert cached(tmp_path) == {"shm": "wrong"}
+    assert cached(tmp_path) == {"shm": "wrong", "torch": "ok"}
     ended = run_ranks(cpu_rank, 2, tmp_path, env={VARIABLE: "auto"})
     assert {e.value for e in ended} == {"CheckedCpuCommunicator module"}, ended
     assert f"{VARIABLE}=probe tries again" in ended[0].output
@@ -321,6 +330,9 @@ def test_path_asked_for_that_is_wrong_is_refused(tmp_path):
     for one in ended:
         assert one.exit_code == 1
         assert f"{VARIABLE} asks for shm, which gave a wrong result" in one.output
+    # A finding, not a start that died: it is stored, and no mark is left.
+    assert cached(tmp_path) == {"shm": "wrong", "torch": "ok"}
+    assert not list(tmp_path.rglob("*.pending"))
 
 
 def test_value_not_understood_is_refused(tmp_path):
@@ -390,6 +402,67 @@ def test_gpu_path_that_is_wrong_is_switched_off(tmp_path):
             assert used == [instead]
         said = "gave NaN" if fault == "nan" else "gave a wrong result"
         assert f"{path} off ({said}" in all_ranks[0].output
+
+
+def test_first_group_is_tried_whatever_its_name(tmp_path):
+    """As with data parallelism and -tp 1, where no group is tensor parallel."""
+    ended = run_ranks(
+        gpu_rank, 2, tmp_path, {"pynccl": "nan"}, False, "dp:0", env={VARIABLE: "auto"}
+    )
+    for one in ended:
+        assert one.value == (["pynccl"], [], []), one.output
+    assert "collectives of dp:0 (2 ranks): pynccl off (gave NaN" in ended[0].output
+
+
+@pytest.mark.parametrize("name", ["tp:0", "ep:0"])
+def test_pynccl_that_vllm_itself_leaves_out(name, tmp_path):
+    """vLLM 0.33 does so in silence with NCCL before 2.29.7; its all_gatherv then fails."""
+    ended = run_ranks(
+        gpu_rank, 2, tmp_path, {"pynccl": "disabled"}, False, name, env={VARIABLE: "auto"}
+    )
+    for one in ended:
+        built, there, _ = one.value or one.output
+        assert "pynccl" in built
+        assert "pynccl" not in there
+    assert "vLLM has no PyNccl here, torch serves instead" in ended[0].output
+    assert "all paths on: custom, symm_mem, flashinfer, torch" in ended[0].output or name == "ep:0"
+
+
+def two_groups(rank: int, ranks: int) -> list[str]:
+    """A second group after the tensor-parallel one, left in the middle of an earlier start."""
+    from moe_backend.comm import cache
+    from moe_backend.engines import vllm_comm_start
+
+    gpu_rank(rank, ranks, {}, False)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_comm_start.Start, "_say", lambda *_, **__: found.append("said"))
+        patch.setattr(
+            vllm_comm_start,
+            "probe",
+            lambda paths, *_: found.extend(path.name for path in paths) or {},
+        )
+        patch.setattr(vllm_comm_start, "candidates", lambda *_: ("pynccl", "torch"))
+        for unfinished in ([], ["pynccl"]):
+            patch.setattr(cache, "unfinished", lambda *_, left=unfinished, **__: left)
+            group = torch.distributed.group.WORLD
+            world = vllm_comm_start.World(rank, ranks, torch.device("cpu"), group)
+            vllm_comm_start.Start(world, "ep:0", group).run(None, lambda _: None)
+            found.append("built")
+    return found
+
+
+def test_later_groups_are_tried_only_where_a_start_did_not_finish(tmp_path):
+    """The message after a hang promises as much."""
+    for one in run_ranks(two_groups, 2, tmp_path, env={VARIABLE: "auto"}):
+        assert one.value == ["built", "said", "pynccl", "built"], one.output
+
+
+def test_path_asked_for_that_is_not_there(tmp_path):
+    ended = run_ranks(cpu_rank, 2, tmp_path, env={VARIABLE: "custom"})
+    assert {e.value for e in ended} == {"CheckedCpuCommunicator module"}, ended
+    assert "WARNING" in ended[0].output
+    assert f"{VARIABLE} asks for custom, which is not enabled here" in ended[0].output
 
 
 def test_gpu_path_left_out_is_never_built(tmp_path):

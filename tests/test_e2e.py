@@ -135,8 +135,16 @@ DATA_PARALLEL = ["--data-parallel-size", "2", "--enable-expert-parallel"]
 
 @pytest.mark.parametrize(
     ("dialect", "flags"),
-    [("bf16", []), ("fp8-block", []), ("nvfp4-ct", DATA_PARALLEL)],
-    ids=["bf16", "fp8-block", "nvfp4-ct dp2 ep"],
+    [
+        ("bf16", []),
+        ("fp8-block", []),
+        ("nvfp4-ct", DATA_PARALLEL),
+        *(
+            pytest.param(dialect, DATA_PARALLEL, marks=pytest.mark.long)
+            for dialect in ("bf16", "fp8-block", "nvfp4-modelopt")
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "dp2-ep" if value else "one",
 )
 def test_vllm_serve_answers_over_http(dialect, flags, converted, tmp_path):
     with socket.socket() as s:

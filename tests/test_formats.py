@@ -203,7 +203,7 @@ def test_encoder_agrees_with_compressed_tensors():
 def test_tensors_round_trip(name):
     weights = build(Case(name, ACTIVATIONS[0])).weights
     weights.validate()
-    again = weights_from_tensors(name, weights.tensors(), (128, 128))
+    again = weights_from_tensors(name, weights.tensors(), (128, 128), (128, 128))
     assert type(again) is type(weights)
     for a, b in zip(again.tensors(), weights.tensors(), strict=True):
         assert a is b

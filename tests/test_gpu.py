@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 
 STEP = Activation.from_name("swiglustep")
 FORMATS = ("bf16", "fp8_block", "nvfp4")
+GRID = (128, 128)
 
 
 @pytest.fixture(params=["hopper", "triton"])
@@ -129,7 +130,8 @@ def test_weights_over_4_gib(dtype, kernel):
         weights = Bf16Weights(w13, w2)
     else:
         ones = torch.full((experts, 2 * intermediate // 128, hidden // 128), 0.25, device="cuda")
-        weights = Fp8BlockWeights(w13, ones, w2, ones[:, : hidden // 128].clone(), (128, 128))
+        s2 = ones[:, : hidden // 128].clone()
+        weights = Fp8BlockWeights(w13, ones, w2, s2, GRID, GRID)
     case = Case(weights.name, STEP, num_experts=experts, top_k=1, tokens=3)
     layer = replace(
         build(replace(case, num_experts=2)).layer,

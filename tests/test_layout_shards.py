@@ -18,6 +18,7 @@ from moe_backend.layout.shards import (
     TpPlan,
     even_shard,
     lossless_block,
+    merge_scale,
     plan_tp,
     shard,
     shard_of,
@@ -170,9 +171,7 @@ def test_step_3_5_splits_evenly(tp, rows, refined):
     plan = plan_tp("fp8_block", 4096, 1280, tp, (128, 128))
     assert (plan.layout, plan.rows, plan.padding) == ("even", rows, 0)
     assert plan.parts == tuple((r * rows, (r + 1) * rows) for r in range(tp))
-    assert plan.w13_block == plan.w2_block == (refined, refined)
-    two = plan_tp("fp8_block", 4096, 1280, tp, (128, 128), one_block_shape=False)
-    assert (two.w13_block, two.w2_block) == ((refined, 128), (128, refined))
+    assert (plan.w13_block, plan.w2_block) == ((refined, 128), (128, refined))
 
 
 def test_rank_that_begins_inside_a_block():
@@ -180,13 +179,12 @@ def test_rank_that_begins_inside_a_block():
     weights = weights_of("fp8_block", 1280)
     scale = weights.w13_scale.unflatten(1, (2, 10))
     got = even_shard(weights, 8, 1).w13_scale.unflatten(1, (2, 5))
-    assert torch.equal(got[..., :1], scale[:, :, [1, 1, 1, 2, 2]])
-    assert got.shape[-1] == 4  # one shape for both tensors: 128 hidden columns in blocks of 32
+    assert torch.equal(got, scale[:, :, [1, 1, 1, 2, 2]])
 
 
-def test_hidden_axis_keeps_its_block_with_two_shapes():
+def test_hidden_axis_keeps_its_block():
     weights = weights_of("fp8_block", 1280, hidden=256)
-    plan = plan_tp("fp8_block", 256, 1280, 8, (128, 128), one_block_shape=False)
+    plan = plan_tp("fp8_block", 256, 1280, 8, (128, 128))
     w13, w2 = decoded(weights)
     for rank, (start, end) in enumerate(plan.parts):
         codes = shard_of(weights.w13.unflatten(1, (2, -1)), "gate", "weight", plan, rank)
@@ -197,10 +195,26 @@ def test_hidden_axis_keeps_its_block_with_two_shapes():
         scale = shard_of(weights.w2_scale, "down", "scale", plan, rank)
         assert scale.shape == (2, 2, 5)
         assert torch.equal(dequantize_blocks(codes, scale, (128, 32)), w2[:, :, start:end])
-    with pytest.raises(ValueError, match="one block shape"):
-        shard(weights, plan, 0)
-    with pytest.raises(ValueError, match="one block shape"):
-        empty_weights(plan, 2)
+    part = shard(weights, plan, 3)
+    assert (part.w13_block, part.w2_block) == ((32, 128), (128, 32))
+    for own, empty in zip(part.tensors(), empty_weights(plan, 2).tensors(), strict=True):
+        assert own.shape == empty.shape
+    with pytest.raises(ValueError, match="32x128 and 128x32 found: these weights are a shard"):
+        even_shard(part, 2, 0)
+
+
+@pytest.mark.parametrize("columns", [256, 200, 128, 96])
+def test_a_refinement_of_an_unsplit_axis_is_undone(columns):
+    """What vLLM's loader repeats along the hidden axis; the last block may be partial."""
+    scale = torch.rand(2, 5, -(-columns // 128))
+    refined = scale.repeat_interleave(4, -1)[..., : -(-columns // 32)]
+    assert torch.equal(merge_scale(refined, -1, 32, 128), scale)
+    assert torch.equal(merge_scale(refined.mT, -2, 32, 128), scale.mT)
+    refined[1, 2, 1] *= 2
+    with pytest.raises(ValueError, match="layer.w13: scales were repeated from blocks of 128"):
+        merge_scale(refined, -1, 32, 128, "layer.w13")
+    with pytest.raises(ValueError, match="of one block differ"):
+        merge_scale(refined.mT, -2, 32, 128)
 
 
 # --- whole blocks ---------------------------------------------------------------------------------
@@ -246,8 +260,8 @@ def stored(name: str, tp: int, whole: int | None = None) -> int:
     ("name", "tp", "even", "whole"),
     [
         # 3 matrices of 4096 columns; FP8 scales are 5 x 128 of 4 bytes a matrix at tp 8.
-        ("fp8_block", 8, 3 * 160 * 4096 + 3 * 5 * 128 * 4, 3 * 256 * 4096 + 3 * 2 * 32 * 4),
-        ("fp8_block", 4, 3 * 320 * 4096 + 3 * 5 * 64 * 4, 3 * 384 * 4096 + 3 * 3 * 32 * 4),
+        ("fp8_block", 8, 3 * 160 * 4096 + 3 * 5 * 32 * 4, 3 * 256 * 4096 + 3 * 2 * 32 * 4),
+        ("fp8_block", 4, 3 * 320 * 4096 + 3 * 5 * 32 * 4, 3 * 384 * 4096 + 3 * 3 * 32 * 4),
         ("nvfp4", 8, 3 * 160 * 4096 * 9 // 16 + 12, 3 * 256 * 4096 * 9 // 16 + 12),
         ("nvfp4", 4, 3 * 320 * 4096 * 9 // 16 + 12, 3 * 384 * 4096 * 9 // 16 + 12),
         ("bf16", 8, 3 * 160 * 4096 * 2, 3 * 256 * 4096 * 2),
@@ -422,12 +436,12 @@ def shifted(plan: TpPlan, rank: int, by: int) -> tuple[tuple[int, int], ...]:
     ("plan", "message"),
     [
         (
-            replace(STEP8, w13_block=(64, 32)),
+            replace(STEP8, w13_block=(64, 128)),
             "w13 rows: one scale of rank 1 would cover 224 to 287",
         ),
-        (replace(STEP8, w2_block=(32, 64)), "w2 columns: one scale of rank 1"),
-        (replace(STEP8, w13_block=(128, 32)), "w13 rows: one scale of rank 1"),
-        (replace(STEP8, w13_block=(33, 32)), "w13 rows"),
+        (replace(STEP8, w2_block=(128, 64)), "w2 columns: one scale of rank 1"),
+        (replace(STEP8, w13_block=(128, 128)), "w13 rows: one scale of rank 1"),
+        (replace(STEP8, w13_block=(33, 128)), "w13 rows"),
         (replace(STEP8, w13_block=(32, 48)), "w13 columns: blocks of 48 do not divide"),
         (replace(STEP8, parts=shifted(STEP8, 3, 32)), "rank 3 of 8 .* must start at 480"),
         (replace(STEP8, parts=shifted(STEP8, 7, -1)), "rank 7 of 8"),
@@ -447,8 +461,8 @@ def test_a_wrong_plan_is_caught_at_start_up(plan, message):
 @pytest.mark.parametrize(
     "plan",
     [
-        replace(STEP8, w13_block=(64, 64), w2_block=(64, 64)),
-        replace(STEP8, w13_block=(33, 32), w2_block=(33, 32)),
+        replace(STEP8, w13_block=(64, 128), w2_block=(128, 64)),
+        replace(STEP8, w13_block=(33, 128), w2_block=(128, 33)),
         replace(STEP8, parts=shifted(STEP8, 3, 32)),
         replace(STEP8, parts=shifted(STEP8, 3, 1)),
     ],
@@ -493,10 +507,9 @@ def test_an_unsplit_layer_is_not_copied():
 def test_the_log_says_what_is_stored():
     assert plan_tp("bf16", 4096, 1280, 1).describe() == "not split"
     assert STEP8.describe() == (
-        "tp 8, even split, 160 rows a rank, scale blocks 128x128 refined losslessly to 32x32"
+        "tp 8, even split, 160 rows a rank, scale blocks 128x128 refined losslessly to 32x128 and "
+        "128x32"
     )
-    two = plan_tp("fp8_block", 4096, 1280, 8, (128, 128), one_block_shape=False)
-    assert two.describe().endswith("refined losslessly to 32x128 and 128x32")
     whole = plan_tp("fp8_block", 4096, 1280, 8, (128, 128), whole_blocks_of=128)
     assert whole.describe() == (
         "tp 8, whole blocks as the kernel insists, 256 rows a rank of which 256, 256, 256, 256, "
@@ -529,9 +542,9 @@ def test_vllm_refines_no_coarser_and_pads_alike():
             if theirs is not None:
                 refined += 1
                 assert ours.w13_block[0] % theirs[0] == 0
-                assert ours.w13_block[1] % theirs[1] == 0
+                assert ours.w2_block[1] % theirs[1] == 0
                 if size == 1280:
-                    assert list(ours.w13_block) == theirs
+                    assert [ours.w13_block[0], ours.w2_block[1]] == theirs
             if not hasattr(fp8, "pad_tp_shard_to_weight_blocks"):
                 continue  # vLLM 0.30
             fp8.pad_tp_shard_to_weight_blocks(config, [128, 128])

@@ -47,7 +47,7 @@ def tp_plan(weights: Weights, tp: int, whole: int | None = None) -> TpPlan:
     size = weights.intermediate_size
     if weights.name == "nvfp4" and whole is None and size // tp % 16:
         whole = 16
-    block = weights.block_shape if isinstance(weights, Fp8BlockWeights) else None
+    block = weights.w13_block if isinstance(weights, Fp8BlockWeights) else None
     return plan_tp(weights.name, HIDDEN, size, tp, block, whole_blocks_of=whole)
 
 
@@ -215,7 +215,7 @@ def pull_request_shard(weights: Fp8BlockWeights, tp: int, rank: int) -> Fp8Block
     Rank r has rows [r I/tp, (r+1) I/tp), padded to whole blocks, and scale blocks [r c, (r+1) c)
     with c = ceil(blocks / tp); slots past the last block are zero.
     """
-    size, block = weights.intermediate_size, weights.block_shape[0]
+    size, block = weights.intermediate_size, weights.w13_block[0]
     blocks = size // block
     kept = -(-blocks // tp)
     own = size // tp
@@ -238,7 +238,8 @@ def pull_request_shard(weights: Fp8BlockWeights, tp: int, rank: int) -> Fp8Block
         gate_up(weights.w13_scale, rank * kept, kept, rows // block),
         part(weights.w2, 2, rank * own, own, rows),
         part(weights.w2_scale, 2, rank * kept, kept, rows // block),
-        weights.block_shape,
+        weights.w13_block,
+        weights.w2_block,
     )
 
 
@@ -294,9 +295,9 @@ def wrong_plans() -> dict[str, TpPlan]:
         return (*right.parts[:rank], (start + by, end + by), *right.parts[rank + 1 :])
 
     return {
-        "64-row refinement": replace(right, w13_block=(64, 64), w2_block=(64, 64)),
+        "64-row refinement": replace(right, w13_block=(64, 128), w2_block=(128, 64)),
         "128-row blocks": replace(right, w13_block=(128, 128), w2_block=(128, 128)),
-        "33-row refinement": replace(right, w13_block=(33, 32), w2_block=(33, 32)),
+        "33-row refinement": replace(right, w13_block=(33, 128), w2_block=(128, 33)),
         "one row late": replace(right, parts=moved(3, 1)),
         "one refined block late": replace(right, parts=moved(3, 32)),
         "a rank's rows twice": replace(right, parts=(right.parts[0], *right.parts[:-1])),

@@ -19,6 +19,7 @@ from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 STEP = Activation.from_name("swiglustep")
 GIB = 2**30
+GRID = (128, 128)
 
 
 def fused(problem, **kw):
@@ -44,7 +45,8 @@ def test_weights_over_4_gib(dtype):
         if dtype == torch.bfloat16:
             return Bf16Weights(w13, w2)
         ones = torch.full((w13.shape[0], 2 * intermediate // 128, hidden // 128), 2.0**-6)
-        return Fp8BlockWeights(w13, ones, w2, ones[:, : hidden // 128].clone(), (128, 128))
+        s2 = ones[:, : hidden // 128].clone()
+        return Fp8BlockWeights(w13, ones, w2, s2, GRID, GRID)
 
     x = torch.randn(1, hidden, generator=g)
     weights, ids = torch.ones(1, 1), torch.tensor([[last]])

@@ -49,10 +49,11 @@ for number, case in enumerate(cases()):
     if hopper.shape_refusal(p.layer) is not None:
         continue
     fp8 = case.format == "fp8_block"
-    k = min(128, case.block_shape[1]) if fp8 else 256 if case.format == "nvfp4" else 64
-    split = case.format != "nvfp4" and number % 2 == 0 and case.block_shape[0] % 64 == 0
+    k = 256 if case.format == "nvfp4" else 64
+    k13, k2 = (min(128, case.w13_block[1]), min(32, case.w2_block[1])) if fp8 else (k, k)
+    split = case.format != "nvfp4" and number % 2 == 0 and case.w13_block[0] % 64 == 0
     n = 64 if split else 32
-    tiles = Tiles(Tile(16, n, k, 4, 3, 1, split), Tile(16, 64, min(32, k) if fp8 else k, 4, 3, 1))
+    tiles = Tiles(Tile(16, n, k13, 4, 3, 1, split), Tile(16, 64, k2, 4, 3, 1))
     out = hopper.run(layer, *args, tiles, on_gpu=False)
     if fp8:
         # The interpreter truncates casts to fp8, so this shows wrong indexing only.

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("vllm_world")
 
 from vllm_layers import DIALECTS, checkpoint_tensors, format_of, make_layer
 
+from moe_backend.layout import shards
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import REL_L2
@@ -54,11 +55,13 @@ def test_both_nvfp4_dialects_agree_bit_for_bit():
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_experts_moved_in_place_are_read_in_place(dialect):
+@pytest.mark.parametrize(
+    ("dialect", "tp"), [*((dialect, 1) for dialect in DIALECTS), ("fp8_block", 4)]
+)
+def test_experts_moved_in_place_are_read_in_place(dialect, tp, monkeypatch):
     """EPLB swaps experts inside the parameters; the next call must see it."""
     problem = build(case_of(dialect))
-    layer = make_layer(problem, dialect)
+    layer = make_layer(problem, dialect, **tensor_parallel(monkeypatch, tp, 0))
     layer.load(problem.weights, dialect)
     layer.finish()
     assert layer.experts.quant_method.supports_eplb
@@ -72,10 +75,60 @@ def test_experts_moved_in_place_are_read_in_place(dialect):
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_dummy_weights_give_finite_output(dialect):
+def tensor_parallel(patch, tp, rank):
+    """vLLM's layers believe to be one rank of several; only collectives would notice."""
+    import vllm.model_executor.layers.fused_moe.config as config
+    import vllm.model_executor.layers.quantization.fp8 as fp8
+
+    patch.setattr(config, "get_tensor_model_parallel_rank", lambda: rank)
+    patch.setattr(fp8, "get_tensor_model_parallel_world_size", lambda: tp)
+    return {"tp_size": tp}
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(2, 64), (4, 32)])
+def test_fp8_shard_off_the_block_grid(tp, rows, monkeypatch):
+    """384 rows over 2 or 4 ranks: vLLM's loader and our plan give the same tensors, bit for bit.
+
+    vLLM repeats the scales along both axes; those of the hidden axis are taken back.
+    """
+    problem = build(replace(case_of("fp8_block"), hidden_size=256))
+    plan = shards.plan_tp("fp8_block", 256, 384, tp, (128, 128))
+    assert (plan.w13_block, plan.w2_block) == ((rows, 128), (128, rows))
+    for rank in range(tp):
+        layer = make_layer(problem, "fp8_block", **tensor_parallel(monkeypatch, tp, rank))
+        before = layer.experts.w13_weight_scale_inv.shape[-1]
+        layer.load(problem.weights, "fp8_block")
+        layer.finish()
+        experts = layer.experts.quant_method.moe_kernel.fused_experts
+        config = experts.fused_moe.layer
+        assert (config.w13_block, config.w2_block) == (plan.w13_block, plan.w2_block)
+        assert before == 256 // rows  # else vLLM has learnt it and merging can go
+        expected = shards.shard(problem.weights, plan, rank).tensors()
+        for found, own in zip(experts.read_tensors(), expected, strict=True):
+            assert torch.equal(found, own)
+        layer(problem.x, problem.topk_weights, problem.topk_ids)
+
+
+def test_fp8_scales_that_differ_within_a_block(monkeypatch):
+    """A loader that bypasses the parameters' own, with other scales than a checkpoint can have."""
+    problem = build(replace(case_of("fp8_block"), hidden_size=256))
+    layer = make_layer(
+        problem, "fp8_block", load_format="sharded_state", **tensor_parallel(monkeypatch, 4, 1)
+    )
+    layer.load(problem.weights, "fp8_block")
+    layer.experts.w2_weight_scale_inv.data[3, 1] *= 2
+    with pytest.raises(ValueError, match="w2_weight_scale_inv: scales were repeated from blocks"):
+        layer.finish()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "tp"), [*((dialect, 1) for dialect in DIALECTS), ("fp8_block", 4)]
+)
+def test_dummy_weights_give_finite_output(dialect, tp, monkeypatch):
     problem = build(case_of(dialect))
-    layer = make_layer(problem, dialect, load_format="dummy")
+    layer = make_layer(
+        problem, dialect, load_format="dummy", **tensor_parallel(monkeypatch, tp, tp - 1)
+    )
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.experts.parameters():
         # As vLLM's dummy loader: small values of either sign, scales included.
@@ -241,6 +294,14 @@ def test_intermediate_size_off_the_block_grid():
     problem = build(Case("fp8_block", ACTIVATIONS[1], intermediate_size=192))
     with pytest.raises(ValueError, match="192 is not a multiple of its FP8 block 128"):
         make_layer(problem, "fp8_block")
+
+
+def test_hidden_size_off_the_block_grid(monkeypatch):
+    """vLLM loads it, but not where it repeats scales for a shard off the grid."""
+    problem = build(replace(case_of("fp8_block"), hidden_size=192))
+    make_layer(problem, "fp8_block")
+    with pytest.raises(ValueError, match="hidden size 192 is not a multiple of its FP8 block"):
+        make_layer(problem, "fp8_block", **tensor_parallel(monkeypatch, 4, 1))
 
 
 def test_wrong_weight_shape():

@@ -171,7 +171,7 @@ def make_layer(
                 "hidden_size": case.hidden_size,
                 "intermediate_size": case.intermediate_size,
                 "params_dtype": torch.bfloat16,
-                "quant_config": quant_config(dialect, case.block_shape),
+                "quant_config": quant_config(dialect, case.w13_block),
                 "prefix": PREFIX,
                 "activation": name,
                 "scoring_func": "sigmoid",

@@ -40,8 +40,13 @@ def load(machine: Machine) -> dict[str, ProbeResult]:
 
 
 def save(machine: Machine, results: Mapping[str, ProbeResult]) -> bool:
-    """Add these results to the stored ones; False if that is not possible."""
+    """Add these results to the stored ones; False if that is not possible.
+
+    That torch.distributed failed is not stored: every later start would be refused untried.
+    """
     merged = {**load(machine), **results}
+    if "torch" in merged and merged["torch"].bad:
+        del merged["torch"]
     record: dict[str, Any] = {
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": asdict(machine),

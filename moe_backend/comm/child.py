@@ -36,7 +36,8 @@ class Job:
 
     Attributes:
         host, port: of the TCP store at which the ranks meet.
-        paths: pairs of path name and `module:function`.
+        paths: pairs of path name and `module:function`. If the module has a function `prepare`, it
+            is called with the `World` before any path, and its time counts as start-up.
         progress: the file to write events to.
         budget_s: after so many seconds the kernel ends this process, whatever it is doing.
     """
@@ -90,6 +91,11 @@ def _run(job: Job, progress: TextIO) -> None:
     group = dist.group.WORLD
     assert group is not None
     world = World(job.rank, job.world_size, device, group)
+    for module in {opener.partition(":")[0]: None for _, opener in job.paths}:
+        # An engine takes long to import, which says nothing of the path that comes first.
+        prepare = getattr(importlib.import_module(module), "prepare", None)
+        if prepare is not None:
+            prepare(world)
     for name, opener in job.paths:
         dist.barrier()  # from here on, time counts against this path
         _write(progress, event="begin", path=name)

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 VLLM_PATHS = "moe_backend.engines.vllm_comm_paths"
 
 
+# Paths that compile their kernel on first use, and NCCL, which takes seconds for each rank or two
+# where libraries come from a slow disk. Too short a limit would leave out what works.
+COMPILES_S = 300.0
+NCCL_S = 120.0
+
+
 @dataclass(frozen=True)
 class Path:
     """One implementation of the collectives.
@@ -39,7 +45,7 @@ PATHS = {
             "aiter's custom all-reduce, all-gather and fused all-reduce (ROCm)",
             f"{VLLM_PATHS}:open_aiter",
             instead="custom",
-            limit_s=120,  # aiter compiles the kernel on first use
+            limit_s=COMPILES_S,
         ),
         Path(
             "quick",
@@ -58,7 +64,7 @@ PATHS = {
             "FlashInfer's all-reduce, and its fusion with RMSNorm",
             f"{VLLM_PATHS}:open_flashinfer",
             instead="pynccl",
-            limit_s=120,  # FlashInfer compiles the kernel on first use
+            limit_s=COMPILES_S,
         ),
         Path(
             "flashinfer_pcie",
@@ -83,6 +89,7 @@ PATHS = {
             "NCCL or RCCL called directly, outside torch",
             f"{VLLM_PATHS}:open_pynccl",
             instead="torch",
+            limit_s=NCCL_S,
         ),
         Path(
             "torch_symm_mem",
@@ -95,6 +102,7 @@ PATHS = {
             "torch.distributed: NCCL, RCCL or gloo",
             "moe_backend.comm.torch_paths:open_torch",
             instead="",
+            limit_s=NCCL_S,
         ),
     )
 }

@@ -148,8 +148,8 @@ def refusal(result: ProbeResult, asked: bool) -> str:
     """Why the server cannot start, and the ways out."""
     if asked:
         return (
-            f"{VARIABLE} asks for {result.path}, which {fault(result)}. "
-            f"Set {VARIABLE}=auto to use what works here."
+            f"{VARIABLE} asks for {result.path}, which {fault(result)}. Set {VARIABLE}=auto to "
+            f"use what works here; {VARIABLE}=probe tries it again."
         )
     return (
         f"the collectives of {PATHS[result.path].what} do not work here: {result.path} "

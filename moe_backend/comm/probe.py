@@ -8,9 +8,11 @@ all ranks, and the next round goes on with the paths after it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,15 +48,24 @@ class Process(Protocol):
 Starter = Callable[[Job, FilePath], Process]
 
 
+class _Interpreter(subprocess.Popen[bytes]):
+    """A child and what it starts in its turn, such as the compiler of a path's kernel."""
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 def start_subprocess(job: Job, log: FilePath) -> Process:
     """A new interpreter with this one's environment, its output in `log`."""
     with log.open("w") as output:
-        return subprocess.Popen(
+        return _Interpreter(
             [sys.executable, "-m", "moe_backend.comm.child", job.to_json()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            process_group=0,
         )
 
 
@@ -173,7 +184,7 @@ class _Round:
         """The paths that came to an end, and the one that ended the round; empty if none began."""
         host, port = self._children_meet()
         with tempfile.TemporaryDirectory(prefix="moe-backend-probe-") as folder:
-            children = []
+            children: list[_Child] = []
             try:
                 for rank, device in self.devices.items():
                     progress = FilePath(folder, f"{rank}.progress")
@@ -188,8 +199,15 @@ class _Round:
                         str(progress),
                         int(self.budget_s),
                     )
-                    child = _Child(rank, start(job, log), progress, log, time.monotonic())
-                    children.append(child)
+                    try:
+                        process = start(job, log)
+                    except OSError as error:
+                        detail = f"no process could be started: {error}"
+                        self._stop(
+                            [{"outcome": "crash", "path": "", "rank": rank, "detail": detail}]
+                        )
+                        break
+                    children.append(_Child(rank, process, progress, log, time.monotonic()))
                 self._watch(children)
             finally:
                 for child in children:
@@ -220,7 +238,7 @@ class _Round:
         while not self.store.check([stop]):
             troubles = self._troubles(children)
             if troubles:
-                self.store.compare_set(stop, "", json.dumps(_cause(troubles)))
+                self._stop(troubles)
             elif all(child.done for child in children):
                 return
             time.sleep(POLL_S)
@@ -235,6 +253,10 @@ class _Round:
             # After a hang the children are killed, at which their peers' calls raise.
             if trouble["outcome"] == "crash" or first["outcome"] != "hang"
         ]
+
+    def _stop(self, troubles: list[dict[str, Any]]) -> None:
+        """Tell every process that the round is over, and why; the first to say so is heard."""
+        self.store.compare_set(f"{self.prefix}/stop", "", json.dumps(_cause(troubles)))
 
     def _troubles(self, children: list[_Child]) -> list[dict[str, Any]]:
         found = []
@@ -268,9 +290,10 @@ class _Round:
         return max(path.limit_s for path in self.paths.values()) + 10
 
     def _publish(self, children: list[_Child]) -> None:
-        for child in children:
-            report = {"ended": child.ended, "troubles": self.troubles}
-            self.store.set(f"{self.prefix}/rank{child.rank}", json.dumps(report))
+        ended = {child.rank: child.ended for child in children}
+        for rank in self.devices:
+            report = {"ended": ended.get(rank, {}), "troubles": self.troubles}
+            self.store.set(f"{self.prefix}/rank{rank}", json.dumps(report))
 
     def _gather(self) -> list[dict[str, Any]]:
         keys = [f"{self.prefix}/rank{rank}" for rank in range(self.world_size)]

@@ -36,7 +36,6 @@ class Report:
     status: str
     settled: bool
     min_world: int = 2
-    max_world: int = 1024
     min_hosts: int = 1
     unlinked: bool = False
     hip_before: str = ""
@@ -45,7 +44,7 @@ class Report:
         """Whether the machine is one of those reported."""
         return (
             re.fullmatch(self.arch, machine.arch) is not None
-            and self.min_world <= machine.world_size <= self.max_world
+            and machine.world_size >= self.min_world
             and machine.hosts >= self.min_hosts
             and (not self.unlinked or machine.linked is False)
             and (not self.hip_before or _older(machine.hip, self.hip_before))
@@ -263,6 +262,15 @@ REPORTS = (
             unlinked=True,
         )
         for name in ("pynccl", "torch")
+    ),
+    Report(
+        "pynccl",
+        NVIDIA,
+        "refused",
+        "vLLM 0.33 leaves it out, in silence, with NCCL before 2.29.7 (no ncclCommSuspend)",
+        "vLLM distributed/device_communicators/pynccl_wrapper.py",
+        "seen with NCCL 2.28.9; torch.distributed serves instead, through this package",
+        settled=True,
     ),
     # CPU
     Report(

@@ -147,7 +147,6 @@ def open_pynccl(world: World) -> Collective:
 
 def open_shm(world: World) -> Collective:
     """vLLM's shared-memory collectives, under a name that no server uses."""
-    _prepare(world)
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -195,15 +194,19 @@ def shm_collective(communicator: Any, world: World) -> Collective:
 def _open(path: str, world: World) -> Collective:
     if world.device.type != "cuda":
         raise Unavailable(f"{path} needs a CUDA or ROCm device")
-    _prepare(world)
     part = PARTS[path]
     built = getattr(module_of(part), part.class_name)(world.group, world.device)
     return collective(path, built, world)
 
 
-def _prepare(world: World) -> None:
-    """vLLM's world group, which some of its communicators ask for their place in the host."""
-    from vllm.distributed import parallel_state
+def prepare(world: World) -> None:
+    """Import vLLM where it is installed. Some of its communicators ask its world group for their
+    place in the host.
+    """
+    try:
+        from vllm.distributed import parallel_state
+    except ImportError:
+        return  # the openers say so, path by path
 
     if parallel_state._WORLD is None:
         local_rank = world.device.index if world.device.type == "cuda" else world.rank

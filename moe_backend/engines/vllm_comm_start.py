@@ -1,9 +1,13 @@
 """What the ranks of one vLLM group do together when its communicator is built.
 
 1. Agree on rank 0's settings and on everything that is known of this machine.
-2. Try in child processes what may hang here and is not known (the tensor-parallel group only).
+2. Try in child processes what may hang here and is not known.
 3. Let vLLM build the paths that are left, under a watch.
 4. Try those in place with known sums, under a watch; switch off what fails.
+
+The tensor-parallel group does all of it, or the first group of several ranks where there is none.
+The groups after it follow its findings and do steps 1 and 3; 2 as well if an earlier start ended
+there.
 
 Every rank takes the same branches, because every decision rests on data that was exchanged.
 `docs/communication.md` says why each step stands where it does.
@@ -47,6 +51,7 @@ from moe_backend.engines.vllm_comm_switch import (
     is_active,
     is_tensor_parallel,
     left_out,
+    stand_in_for_pynccl,
     switch_off,
 )
 
@@ -54,7 +59,7 @@ logger = logging.getLogger("vllm.moe_backend")
 
 # NCCL's communicators over many hosts take tens of seconds to build; what hangs, hangs for good.
 BUILD_LIMIT_S = 300.0
-CHECK_LIMIT_S = 60.0
+CHECK_LIMIT_S = 120.0
 # In a serving process the sizes of decode and prefill; the child processes try more.
 CHECK_SIZES = (128, 8192, 262144)
 # Not here: quick reduce takes 1 MiB and more and is not exact; FlashInfer makes one workspace per
@@ -62,8 +67,8 @@ CHECK_SIZES = (128, 8192, 262144)
 CHECKED_IN_PLACE = ("custom", "aiter", "symm_mem", "pynccl", "shm")
 EXIT_CODE = 70  # EX_SOFTWARE
 
-# What the tensor-parallel group found bad, for the groups that are built after it.
-_found_bad: dict[str, ProbeResult] = {}
+_tried: list[str] = []  # the groups of this process that tried their paths
+_found_bad: dict[str, ProbeResult] = {}  # what they found bad, for the groups built after them
 
 
 class Start:
@@ -73,7 +78,7 @@ class Start:
         self.world = world
         self.name = name
         self.device_group = device_group
-        self.tries = is_tensor_parallel(name)
+        self.tries = is_tensor_parallel(name) or not _tried
         self.began = time.monotonic()
         self.notes: list[str] = []
         self.unfinished: list[str] = []
@@ -88,6 +93,8 @@ class Start:
             NoUsablePathError: nothing that works is left. On every rank alike.
         """
         override, machine, known = self._agree()
+        if self.tries:
+            _tried.append(self.name)
         names = candidates(self.name, self.world.device)
         if override.mode == "on":
             build(())
@@ -104,9 +111,14 @@ class Start:
             left_out(without, self.device_group, self.world.device),
         ):
             build(without)
+        if stand_in_for_pynccl(communicator, self.device_group):
+            self.notes.append("vLLM has no PyNccl here, torch serves instead")
         if self.tries:
-            results = self._check(communicator, machine, decision, override, known)
-            self._report(communicator, decision, results)
+            results = self._check(communicator, machine, decision, known)
+            for name, result in results.items():
+                if result.bad and name in (*override.only, "torch"):
+                    raise NoUsablePathError(refusal(result, asked=name in override.only))
+            self._report(communicator, decision, override, results)
 
     # --- Before vLLM builds anything
 
@@ -121,9 +133,10 @@ class Start:
             identities = [(host, device) for host, device, _, _ in everyone]
             machine = describe(self.world.device, identities, linked)
             text = os.environ.get(VARIABLE)
-            agreed = [(text, machine, cache.load(machine), cache.unfinished(machine))]
+            remembered = cache.load(machine), cache.unfinished(machine)
+            agreed = [(text, self.tries, machine, *remembered)]
         _broadcast(agreed, self.world)
-        text, machine, known, self.unfinished = agreed[0]
+        text, self.tries, machine, known, self.unfinished = agreed[0]
         for _, _, _, found_bad in everyone:
             known.update(found_bad)
         return parse_override(text), machine, known
@@ -136,14 +149,12 @@ class Start:
         known: Mapping[str, ProbeResult],
     ) -> dict[str, ProbeResult]:
         """Try in child processes what may hang, if nothing is known of it."""
-        if override.mode == "off" or not self.tries:
-            return {}
-        if override.mode == "probe":
+        why, suspects = "left unfinished by an earlier start", set(self.unfinished)
+        if self.tries and override.mode == "probe":
             why, suspects = f"{VARIABLE}=probe", set(names)
-        else:
-            why = "reported on such a machine, or left unfinished by an earlier start"
-            suspects = {name for name in probe_first(machine) if name not in known}
-            suspects.update(self.unfinished)
+        elif self.tries:
+            why = f"reported on such a machine, or {why}"
+            suspects.update(name for name in probe_first(machine) if name not in known)
         suspects -= set(decide(names, {}, override).off)  # what the user left out
         paths = [PATHS[name] for name in names if name in suspects and PATHS[name].opener]
         if not paths:
@@ -175,10 +186,12 @@ class Start:
         communicator: Any,
         machine: Machine,
         decision: Decision,
-        override: Override,
         known: Mapping[str, ProbeResult],
     ) -> dict[str, ProbeResult]:
-        """Try in place what vLLM built and switch off what fails."""
+        """Try in place what vLLM built and switch off what fails.
+
+        torch.distributed too, where it takes over from a path that served before.
+        """
         results: dict[str, ProbeResult] = {}
         with self._watched(machine, decision.on, "checked", CHECK_LIMIT_S):
             for name in decision.on:
@@ -187,21 +200,22 @@ class Start:
                     continue
                 captured = name not in known or known[name].outcome != "ok"
                 result = results[name] = self._try(name, path, captured)
-                if not result.bad:
-                    continue
-                _found_bad[name] = result
-                switch_off(communicator, name, self.device_group)
-                if name in override.only:
-                    raise NoUsablePathError(refusal(result, asked=True))
-            if {"pynccl", "shm"} & (set(decision.off) | set(_found_bad)):
-                self._try_torch()
+                if result.bad:
+                    _found_bad[name] = result
+                    switch_off(communicator, name, self.device_group)
+            if any(
+                name in decision.candidates and not is_active(communicator, name)
+                for name in ("pynccl", "shm")
+            ):
+                path = over_group(self.device_group, self.world.world_size)
+                results["torch"] = self._try("torch", path, captured=True)
         if self.world.rank == 0 and results:
             cache.save(machine, results)
         return results
 
     def _built(self, communicator: Any, name: str) -> Collective | None:
         """A path of the finished communicator, if it is there and can be tried in place."""
-        if name not in CHECKED_IN_PLACE:
+        if name not in CHECKED_IN_PLACE or not is_active(communicator, name):
             return None
         try:
             if name == "shm":
@@ -224,20 +238,20 @@ class Start:
                 return ProbeResult(name, result.outcome, detail, took, result.cases)
         return mine
 
-    def _try_torch(self) -> None:
-        """torch.distributed takes over from PyNccl or shared memory: it has to work."""
-        path = over_group(self.device_group, self.world.world_size)
-        result = self._try("torch", path, captured=True)
-        if result.bad:
-            raise NoUsablePathError(refusal(result, asked=False))
-
     def _report(
-        self, communicator: Any, decision: Decision, results: Mapping[str, ProbeResult]
+        self,
+        communicator: Any,
+        decision: Decision,
+        override: Override,
+        results: Mapping[str, ProbeResult],
     ) -> None:
         bad = {name: fault(result) for name, result in results.items() if result.bad}
         off = {**decision.off, **bad}
         there = [n for n in decision.candidates if n in off or is_active(communicator, n)]
         final = Decision(tuple(there), off)
+        absent = ", ".join(name for name in override.only if name not in final.on)
+        if absent:
+            self.notes.append(f"{VARIABLE} asks for {absent}, which is not enabled here")
         tried = ", ".join(name for name, result in results.items() if not result.bad)
         took = time.monotonic() - self.began
         text = "; ".join(
@@ -246,7 +260,7 @@ class Start:
         found_bad = any(VARIABLE not in why for why in final.off.values())
         if found_bad:
             text += f". {VARIABLE}=probe tries again, {VARIABLE}=on trusts every path"
-        self._say(logging.WARNING if found_bad else logging.INFO, text)
+        self._say(logging.WARNING if found_bad or absent else logging.INFO, text)
 
     @contextlib.contextmanager
     def _watched(
@@ -282,11 +296,10 @@ class Start:
             with mark:
                 yield
         except Exception as error:
-            if not isinstance(error, NoUsablePathError):
-                error.add_note(
-                    f"moe_backend: while these were {doing}: {', '.join(paths)}. The next start "
-                    f"tries them in child processes; {out} leaves one out now."
-                )
+            error.add_note(
+                f"moe_backend: while these were {doing}: {', '.join(paths)}. The next start "
+                f"tries them in child processes; {out} leaves one out now."
+            )
             raise
         finally:
             finished.set()

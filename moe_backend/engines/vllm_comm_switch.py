@@ -102,7 +102,20 @@ def is_active(communicator: Any, path: str) -> bool:
     if path not in PARTS:
         return True
     part = getattr(communicator, PARTS[path].attribute)
-    return part is not None and not part.disabled
+    return part is not None and not part.disabled and type(part) is not TorchInsteadOfPyNccl
+
+
+def stand_in_for_pynccl(communicator: Any, device_group: Any) -> bool:
+    """Where vLLM built PyNccl and it disabled itself, have torch do what vLLM asserts it can do.
+
+    It does so in silence: without a library, with VLLM_DISABLE_PYNCCL, and in vLLM 0.33 with NCCL
+    before 2.29.7, which lacks `ncclCommSuspend` (vLLM pynccl_wrapper.py).
+    """
+    part = getattr(communicator, "pynccl_comm", None)
+    if part is None or not part.disabled:
+        return False
+    switch_off(communicator, "pynccl", device_group)
+    return True
 
 
 def _switch_off_globally(path: str) -> None:

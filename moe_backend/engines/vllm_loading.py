@@ -59,11 +59,12 @@ class LoadRecord:
         self.seen: dict[tuple[str, str], set[int]] = {}
         self.expected: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {}
 
-    def expect_parameters(self, block_shape: list[int] | None) -> None:
+    def expect_parameters(self, block_shape: list[int] | None, refined: bool) -> None:
         """Note shape and dtype of each parameter's checkpoint tensors, per expert.
 
         Args:
             block_shape: the checkpoint's FP8 block, None in other formats.
+            refined: whether vLLM refines it for a tensor-parallel shard off its grid.
         """
         config = self.layer.moe_config
         intermediate = config.intermediate_size - (config.intermediate_pad or 0)
@@ -74,6 +75,14 @@ class LoadRecord:
                 f"{self.layer.layer_name}: the model's intermediate size {intermediate} is not a "
                 f"multiple of its FP8 block {block_shape[0]}, which vLLM cannot load. Requantise "
                 "the checkpoint with a block size that divides it, or to NVFP4."
+            )
+        if block_shape is not None and refined and any(hidden % size for size in block_shape):
+            # The same repetition, along the other axis.
+            raise ValueError(
+                f"{self.layer.layer_name}: the model's hidden size {hidden} is not a multiple of "
+                f"its FP8 block {block_shape}, which vLLM cannot load where a tensor-parallel "
+                "shard misses the block grid. Use another tensor-parallel size or "
+                "--enable-expert-parallel."
             )
         for name, parameter in self.layer.named_parameters():
             stem, _, kind = name.partition("_")

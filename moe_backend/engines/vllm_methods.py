@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -32,8 +32,10 @@ from moe_backend.formats import (
     weights_from_tensors,
 )
 from moe_backend.formats.checks import expect_positive
+from moe_backend.formats.fp8_block import Block
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import LayerConfig
+from moe_backend.layout.shards import merge_scale
 
 logger = logging.getLogger("vllm.moe_backend")  # under vLLM's logger, so that its settings apply
 _logged: set[str] = set()  # layer descriptions already in the log
@@ -68,7 +70,8 @@ def _adopted(stock: type) -> type:
         config = get_current_vllm_config()
         record = LoadRecord(layer, kwargs["weight_loader"], config.load_config.load_format)
         base.create_weights(self, layer, *args, **{**kwargs, "weight_loader": record.weight_loader})
-        record.expect_parameters(getattr(self, "weight_block_size", None))
+        block = getattr(self, "weight_block_size", None)
+        record.expect_parameters(block, getattr(self, "moe_block_shape", block) != block)
         record.poison()
         layer.moe_backend_load_record = record
         model = config.model_config
@@ -80,10 +83,10 @@ def _adopted(stock: type) -> type:
         check_ownership(layer)
         if record.is_dummy:
             _make_scales_positive(layer)
-        kept = kind.before(layer)
+        kept = kind.before(layer, self)
         base.process_weights_after_loading(self, layer)
         kind.after(layer, kept)
-        _prepare(layer, kind, kept, self)
+        _prepare(layer, kind, kept, self.moe_kernel.fused_experts)
 
     namespace = {
         "__module__": stock.__module__,
@@ -96,12 +99,10 @@ def _adopted(stock: type) -> type:
     return type(stock.__name__, (stock,), namespace)
 
 
-def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
+def _prepare(layer: Any, kind: _Method, kept: Any, experts: Any) -> None:
     """Build the layer's `FusedMoE` and say what runs."""
-    # vLLM 0.31 and later refine the block shape for TP shards that miss the checkpoint's grid.
-    block = getattr(method, "moe_block_shape", None) or getattr(method, "weight_block_size", None)
-    block_shape = None if block is None else (block[0], block[1])
-    weights = weights_from_tensors(kind.format, kind.read(layer, kept), block_shape)
+    blocks = kept if isinstance(kept, _Fp8Blocks) else ()
+    weights = weights_from_tensors(kind.format, kind.read(layer, kept), *blocks)
     fused = FusedMoE(_layer_config(layer, weights), weights, where=f"{layer.layer_name}.")
     kernel = fused.selection.kernel
     if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
@@ -114,7 +115,6 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)
-    experts = method.moe_kernel.fused_experts
     experts.fused_moe = fused
     experts.read_tensors = partial(kind.read, layer, kept)
     line = fused.describe()
@@ -127,7 +127,6 @@ def _layer_config(layer: Any, weights: Weights) -> LayerConfig:
     config = layer.moe_config
     return LayerConfig(
         format=weights.name,
-        block_shape=weights.block_shape if isinstance(weights, Fp8BlockWeights) else None,
         num_experts=layer.global_num_experts,
         num_local_experts=layer.local_num_experts,
         top_k=config.experts_per_token,
@@ -143,6 +142,8 @@ def _layer_config(layer: Any, weights: Weights) -> LayerConfig:
         device=weights.w13.device.type,
         expert_parallel=layer.expert_map is not None,
         apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        w13_block=getattr(weights, "w13_block", None),
+        w2_block=getattr(weights, "w2_block", None),
     )
 
 
@@ -153,10 +154,10 @@ def _make_scales_positive(layer: Any) -> None:
     """`--load-format dummy` fills scales with values of either sign; any positive number serves."""
     for name, parameter in layer.named_parameters():
         if "scale" in name:
-            parameter.data.copy_(parameter.data.float().abs().clamp(min=2.0**-6))
+            parameter.data.fill_(2.0**-6)
 
 
-def _nothing(layer: Any, kept: Any = None) -> None:
+def _nothing(layer: Any, _: Any) -> None:
     return None
 
 
@@ -164,7 +165,33 @@ def _read_bf16(layer: Any, kept: None) -> list[torch.Tensor | None]:
     return [layer.w13_weight, layer.w2_weight]
 
 
-def _read_fp8_block(layer: Any, kept: None) -> list[torch.Tensor | None]:
+class _Fp8Blocks(NamedTuple):
+    """Rows and columns that one scale covers."""
+
+    w13: Block
+    w2: Block
+
+
+def _merge_fp8_scales(layer: Any, method: Any) -> _Fp8Blocks:
+    """Undo what vLLM refines beyond need.
+
+    For a tensor-parallel shard that misses the checkpoint's grid vLLM refines every axis (`oracle/
+    fp8.py refine_fp8_moe_block_shape`); the hidden axis is not split and keeps its blocks here.
+    """
+    n, k = method.weight_block_size
+    refined_n, refined_k = getattr(method, "moe_block_shape", None) or (n, k)
+    for name, axis, refined, block in (
+        ("w13_weight_scale_inv", -1, refined_k, k),
+        ("w2_weight_scale_inv", -2, refined_n, n),
+    ):
+        if refined != block:
+            where = f"{layer.layer_name}.{name}"
+            merged = merge_scale(getattr(layer, name).data, axis, refined, block, where)
+            replace_parameter(layer, name, merged)
+    return _Fp8Blocks((refined_n, k), (n, refined_k))
+
+
+def _read_fp8_block(layer: Any, kept: _Fp8Blocks) -> list[torch.Tensor | None]:
     return [
         layer.w13_weight,
         layer.w13_weight_scale_inv,
@@ -182,7 +209,7 @@ class _Nvfp4Scales:
     w2_input: torch.Tensor  # [1]
 
 
-def _modelopt_scales(layer: Any) -> _Nvfp4Scales:
+def _modelopt_scales(layer: Any, _: Any) -> _Nvfp4Scales:
     _expect_scales(layer, "weight_scale_2", "input_scale")
     return _Nvfp4Scales(
         layer.w13_weight_scale_2.data.float().clone(),
@@ -191,7 +218,7 @@ def _modelopt_scales(layer: Any) -> _Nvfp4Scales:
     )
 
 
-def _compressed_tensors_scales(layer: Any) -> _Nvfp4Scales:
+def _compressed_tensors_scales(layer: Any, _: Any) -> _Nvfp4Scales:
     """This dialect stores encode-direction scales: the inverse, whose MAX is a minimum."""
     _expect_scales(layer, "weight_global_scale", "input_global_scale")
     return _Nvfp4Scales(
@@ -231,7 +258,8 @@ class _Method:
 
     Attributes:
         format: name of the format.
-        before: saves what vLLM's own processing drops or inverts.
+        before: takes layer and method; puts right or saves what vLLM's own processing needs, drops
+            or inverts.
         after: puts it where it is needed, once that processing is done.
         read: the layer's present tensors in the order of `Weights.tensors()`. It is called in every
             step: a reload puts other parameters in place, and EPLB writes into those there are.
@@ -239,7 +267,7 @@ class _Method:
     """
 
     format: str
-    before: Callable[[Any], Any]
+    before: Callable[[Any, Any], Any]
     after: Callable[[Any, Any], None]
     read: Callable[[Any, Any], list[torch.Tensor | None]]
     parameters: tuple[str, ...]
@@ -260,7 +288,7 @@ _METHODS = {
     ),
     "Fp8MoEMethod": _Method(
         Fp8BlockWeights.name,
-        _nothing,
+        _merge_fp8_scales,
         _nothing,
         _read_fp8_block,
         ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"),

@@ -17,6 +17,8 @@ import torch
 
 from moe_backend.formats.checks import expect_dtype, expect_no_nan, expect_positive, expect_shape
 
+Block = tuple[int, int]
+
 E4M3FN_MAX = 448.0
 E4M3FNUZ_MAX = 240.0
 _FP16_SIGN_AND_MAGNITUDE = 0xBF80 - 0x10000  # as a signed 16-bit integer
@@ -26,19 +28,24 @@ _FP16_SIGN_AND_MAGNITUDE = 0xBF80 - 0x10000  # as a signed 16-bit integer
 class Fp8BlockWeights:
     """Canonical FP8 block-scaled experts.
 
+    A checkpoint has one block shape. A tensor-parallel shard that does not begin and end on it
+    has finer blocks along the split dimension I, which is w13's rows and w2's columns.
+
     Attributes:
         w13: `[E, 2I, H]` float8_e4m3fn, gate rows then up rows.
-        w13_scale: `[E, 2*ceil(I/bn), ceil(H/bk)]` float32; gate and up never share a scale row.
+        w13_scale: `[E, 2*ceil(I/n), ceil(H/k)]` float32, `(n, k)` of `w13_block`; gate and up
+            never share a scale row.
         w2: `[E, H, I]` float8_e4m3fn.
-        w2_scale: `[E, ceil(H/bn), ceil(I/bk)]` float32.
-        block_shape: `(bn, bk)`, rows and columns that one scale covers.
+        w2_scale: `[E, ceil(H/n), ceil(I/k)]` float32, `(n, k)` of `w2_block`.
+        w13_block, w2_block: rows and columns that one scale covers.
     """
 
     w13: torch.Tensor
     w13_scale: torch.Tensor
     w2: torch.Tensor
     w2_scale: torch.Tensor
-    block_shape: tuple[int, int]
+    w13_block: Block
+    w2_block: Block
 
     name = "fp8_block"
 
@@ -56,7 +63,6 @@ class Fp8BlockWeights:
 
     def validate(self, where: str = "") -> None:
         """Check shapes, dtypes and scale values; raises ValueError naming `where` and tensor."""
-        (bn, bk) = self.block_shape
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
         for label, codes in (("w13_weight", self.w13), ("w2_weight", self.w2)):
             expect_dtype(where + label, codes, torch.float8_e4m3fn)
@@ -64,14 +70,15 @@ class Fp8BlockWeights:
         expect_shape(f"{where}w2_weight", self.w2, (e, h, i), f"w13_weight is {(e, 2 * i, h)}")
         expect_no_nan(f"{where}w13_weight", self.w13)
         expect_no_nan(f"{where}w2_weight", self.w2)
-        why = f"blocks of {bn}x{bk}"
-        for label, scale, shape in (
-            ("w13_weight_scale_inv", self.w13_scale, (e, 2 * cdiv(i, bn), cdiv(h, bk))),
-            ("w2_weight_scale_inv", self.w2_scale, (e, cdiv(h, bn), cdiv(i, bk))),
+        (n13, k13), (n2, k2) = self.w13_block, self.w2_block
+        for label, scale, shape, block in (
+            ("w13", self.w13_scale, (e, 2 * cdiv(i, n13), cdiv(h, k13)), self.w13_block),
+            ("w2", self.w2_scale, (e, cdiv(h, n2), cdiv(i, k2)), self.w2_block),
         ):
-            expect_dtype(where + label, scale, torch.float32)
-            expect_shape(where + label, scale, shape, why)
-            expect_positive(where + label, scale)
+            name = f"{where}{label}_weight_scale_inv"
+            expect_dtype(name, scale, torch.float32)
+            expect_shape(name, scale, shape, f"blocks of {by(block)}")
+            expect_positive(name, scale)
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [self.w13, self.w13_scale, self.w2, self.w2_scale]
@@ -82,11 +89,16 @@ class Fp8BlockWeights:
         w13 = dequantize_blocks(
             self.w13[e].view(2, i, h),
             self.w13_scale[e].view(2, -1, self.w13_scale.shape[2]),
-            self.block_shape,
+            self.w13_block,
             dtype,
         )
-        w2 = dequantize_blocks(self.w2[e], self.w2_scale[e], self.block_shape, dtype)
+        w2 = dequantize_blocks(self.w2[e], self.w2_scale[e], self.w2_block, dtype)
         return w13.view(2 * i, h), w2
+
+
+def by(block: Block) -> str:
+    """A block shape in words: `32x128`."""
+    return f"{block[0]}x{block[1]}"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -131,7 +131,7 @@ class ReferenceKernel:
     ) -> torch.Tensor:
         return fused_experts(
             x,
-            weights_from_tensors(layer.format, tensors, layer.block_shape),
+            weights_from_tensors(layer.format, tensors, layer.w13_block, layer.w2_block),
             topk_weights,
             topk_ids,
             layer.activation,

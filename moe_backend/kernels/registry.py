@@ -14,6 +14,7 @@ import torch
 from moe_backend import envs
 from moe_backend.activation import Activation, ActivationKind
 from moe_backend.formats import Weights
+from moe_backend.formats.fp8_block import Block
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class LayerConfig:
 
     Attributes:
         format: name of the weight format, `bf16`, `fp8_block` or `nvfp4`.
-        block_shape: `(n, k)` of fp8_block, None elsewhere.
         num_experts: experts of the model; num_local_experts: those held by this rank.
         top_k: experts per token.
         hidden_size, intermediate_size: of this rank's shard, in elements.
@@ -31,10 +31,11 @@ class LayerConfig:
         device: torch device type, `cpu` or `cuda`.
         expert_parallel: whether an expert_map comes with each call.
         apply_router_weight_on_input: routing weights multiply the input (top-1 models).
+        w13_block, w2_block: `(n, k)` that one scale covers in fp8_block, None elsewhere. They
+            differ in tensor-parallel shards off the checkpoint's grid (32x128 and 128x32).
     """
 
     format: str
-    block_shape: tuple[int, int] | None
     num_experts: int
     num_local_experts: int
     top_k: int
@@ -45,6 +46,8 @@ class LayerConfig:
     device: str
     expert_parallel: bool = False
     apply_router_weight_on_input: bool = False
+    w13_block: Block | None = None
+    w2_block: Block | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,7 +62,7 @@ class LayerConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerConfig:
         activation = data["activation"]
-        block_shape = data["block_shape"]
+        blocks = {name: data[name] and tuple(data[name]) for name in ("w13_block", "w2_block")}
         return cls(
             **{
                 **data,
@@ -69,7 +72,7 @@ class LayerConfig:
                     activation["alpha"],
                     activation["beta"],
                 ),
-                "block_shape": None if block_shape is None else tuple(block_shape),
+                **blocks,
             }
         )
 

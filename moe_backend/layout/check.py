@@ -160,15 +160,15 @@ def empty_weights(
         )
     else:
         assert plan.w13_block is not None
-        if plan.w13_block != plan.w2_block:
-            raise ValueError("canonical weights have one block shape (`one_block_shape=True`)")
-        n, k = plan.w13_block
+        assert plan.w2_block is not None
+        (n13, k13), (n2, k2) = plan.w13_block, plan.w2_block
         weights = Fp8BlockWeights(
             empty(torch.float8_e4m3fn, e, 2 * i, h),
-            empty(torch.float32, e, 2 * cdiv(i, n), cdiv(h, k)),
+            empty(torch.float32, e, 2 * cdiv(i, n13), cdiv(h, k13)),
             empty(torch.float8_e4m3fn, e, h, i),
-            empty(torch.float32, e, cdiv(h, n), cdiv(i, k)),
-            (n, k),
+            empty(torch.float32, e, cdiv(h, n2), cdiv(i, k2)),
+            plan.w13_block,
+            plan.w2_block,
         )
     poison(weights)
     return weights

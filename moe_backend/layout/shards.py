@@ -19,11 +19,10 @@ from typing import Literal
 import torch
 
 from moe_backend.formats import FORMATS, Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
-from moe_backend.formats.fp8_block import cdiv
+from moe_backend.formats.fp8_block import Block, by, cdiv
 from moe_backend.formats.nvfp4 import GROUP
 
 Part = tuple[int, int]
-Block = tuple[int, int]
 Projection = Literal["gate", "up", "down"]
 Kind = Literal["weight", "scale", "global_scale", "input_scale"]
 
@@ -116,8 +115,8 @@ class TpPlan:
         blocks = ""
         if self.checkpoint_block is not None:
             kept = self.checkpoint_block == self.w13_block == self.w2_block
-            shapes = dict.fromkeys(_by(b) for b in (self.w13_block, self.w2_block))
-            blocks = f", scale blocks {_by(self.checkpoint_block)}" + (
+            shapes = dict.fromkeys(by(b) for b in (self.w13_block, self.w2_block) if b is not None)
+            blocks = f", scale blocks {by(self.checkpoint_block)}" + (
                 " kept" if kept else f" refined losslessly to {' and '.join(shapes)}"
             )
         if self.layout == "even":
@@ -137,7 +136,6 @@ def plan_tp(
     block_shape: Block | None = None,
     *,
     whole_blocks_of: int | None = None,
-    one_block_shape: bool = True,
 ) -> TpPlan:
     """The even split; whole blocks where a kernel insists on them and the even split has none.
 
@@ -145,8 +143,6 @@ def plan_tp(
         block_shape: of the checkpoint's FP8 scales.
         whole_blocks_of: rows of which a kernel needs a multiple (128 for aiter's CK kernels); None
             for a kernel that takes any.
-        one_block_shape: give w13 and w2 one block shape, which `Fp8BlockWeights` and vLLM need.
-            False refines the intermediate axis of each and leaves the hidden axis as it is.
 
     Raises:
         ValueError: the sizes do not split this way; the message says what would.
@@ -177,13 +173,11 @@ def plan_tp(
     plan = TpPlan(layout, format_name, hidden_size, intermediate_size, rows, parts)
     if block_shape is not None:
         (n, k) = block_shape
-        rows_block, columns_block = lossless_block(n, parts), lossless_block(k, parts)
-        both = (rows_block, columns_block)
         plan = replace(
             plan,
             checkpoint_block=block_shape,
-            w13_block=both if one_block_shape else (rows_block, k),
-            w2_block=both if one_block_shape else (n, columns_block),
+            w13_block=(lossless_block(n, parts), k),
+            w2_block=(n, lossless_block(k, parts)),
         )
     plan.check()
     return plan
@@ -234,12 +228,9 @@ def shard(weights: Weights, plan: TpPlan, rank: int) -> Weights:
     }
     if isinstance(weights, Nvfp4Weights):
         return replace(weights, **codes, **scales)
-    if plan.w13_block is None or plan.w13_block != plan.w2_block:
-        raise ValueError(
-            f"the plan refines w13's scales to {plan.w13_block} and w2's to {plan.w2_block}; "
-            "canonical weights have one block shape (`one_block_shape=True`)"
-        )
-    return replace(weights, **codes, **scales, block_shape=plan.w13_block)
+    assert plan.w13_block is not None
+    assert plan.w2_block is not None
+    return replace(weights, **codes, **scales, w13_block=plan.w13_block, w2_block=plan.w2_block)
 
 
 def shard_of(
@@ -281,6 +272,29 @@ def shard_of(
     return _padded(own, axis, plan.rows // unit, fill)
 
 
+def merge_scale(
+    scale: torch.Tensor, axis: int, refined: int, block: int, where: str = "scale"
+) -> torch.Tensor:
+    """Block scales refined along an axis that is not split, back to one for each `block`.
+
+    Args:
+        scale: `[..., rows, columns]`, one entry per `refined` along `axis`, which divides `block`.
+        where: the tensor's name, for the message.
+    Raises:
+        ValueError: entries of one block differ, so that no single one can stand for them.
+    """
+    size, repeats = scale.shape[axis], block // refined
+    merged = scale.index_select(axis, torch.arange(0, size, repeats, device=scale.device))
+    spread = merged.repeat_interleave(repeats, axis).narrow(axis, 0, size)
+    if not torch.equal(spread.nan_to_num(), scale.nan_to_num()):  # NaN is found by `validate`
+        raise ValueError(
+            f"{where}: scales were repeated from blocks of {block} to {refined}, but some of one "
+            "block differ. Load the checkpoint itself, not weights saved from a running "
+            "server (--load-format sharded_state and the like), or use expert parallelism."
+        )
+    return merged
+
+
 def take_experts(weights: Weights, experts: Sequence[int]) -> Weights:
     """The weights of some experts, in this order; experts may repeat."""
     index = torch.tensor(experts, dtype=torch.int64, device=weights.w13.device)
@@ -294,12 +308,20 @@ def take_experts(weights: Weights, experts: Sequence[int]) -> Weights:
 
 
 def _plan_of(weights: Weights, tp: int, whole_blocks_of: int | None) -> TpPlan:
+    block = None
+    if isinstance(weights, Fp8BlockWeights):
+        block = weights.w13_block
+        if block != weights.w2_block:
+            raise ValueError(
+                f"scale blocks of {by(block)} and {by(weights.w2_block)} found: these weights are "
+                "a shard already; split the whole ones"
+            )
     return plan_tp(
         weights.name,
         weights.hidden_size,
         weights.intermediate_size,
         tp,
-        weights.block_shape if isinstance(weights, Fp8BlockWeights) else None,
+        block,
         whole_blocks_of=whole_blocks_of,
     )
 
@@ -341,8 +363,3 @@ def _padded(tensor: torch.Tensor, axis: int, size: int, fill: int) -> torch.Tens
     out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).fill_(fill)
     out.narrow(axis, 0, own).copy_(tensor)
     return out
-
-
-def _by(block: Block | None) -> str:
-    assert block is not None
-    return f"{block[0]}x{block[1]}"

@@ -146,7 +146,9 @@ def _block_scales_of_whole_blocks(p: Problem) -> torch.Tensor:
         gate_up = w.w13.view(w.num_experts, 2, i, -1)[:, :, rows].flatten(1, 2)
         s13 = shard(w.w13_scale.view(w.num_experts, 2, n, -1), 2, scales, kept).flatten(1, 2)
         s2 = shard(w.w2_scale, 2, scales, kept)
-        part = Fp8BlockWeights(gate_up, s13, w.w2[:, :, rows].contiguous(), s2, w.block_shape)
+        part = Fp8BlockWeights(
+            gate_up, s13, w.w2[:, :, rows].contiguous(), s2, w.w13_block, w.w2_block
+        )
         total += _run(p, weights=part)
     return total
 

@@ -74,9 +74,9 @@ def expert_matrices(weights: Weights, e: int) -> tuple[torch.Tensor, torch.Tenso
     if isinstance(weights, Fp8BlockWeights):
         rows = weights.w13_scale.shape[1] // 2
         return (
-            _blocks(weights.w13[e, :i], weights.w13_scale[e, :rows], weights.block_shape),
-            _blocks(weights.w13[e, i:], weights.w13_scale[e, rows:], weights.block_shape),
-            _blocks(weights.w2[e], weights.w2_scale[e], weights.block_shape),
+            _blocks(weights.w13[e, :i], weights.w13_scale[e, :rows], weights.w13_block),
+            _blocks(weights.w13[e, i:], weights.w13_scale[e, rows:], weights.w13_block),
+            _blocks(weights.w2[e], weights.w2_scale[e], weights.w2_block),
         )
     assert isinstance(weights, Nvfp4Weights)
     gate_scale, up_scale = weights.w13_global_scale[e].tolist()

@@ -17,6 +17,7 @@ from moe_backend.formats import (
     fp8_block,
     nvfp4,
 )
+from moe_backend.formats.fp8_block import Block, by
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.verify.naive import naive_experts
 
@@ -49,13 +50,15 @@ class Case:
     top_k: int = 2
     hidden_size: int = 128
     intermediate_size: int = 192
-    block_shape: tuple[int, int] = (128, 128)
+    w13_block: Block = (128, 128)
+    w2_block: Block = (128, 128)
     integer: bool = False
 
     @property
     def name(self) -> str:
         data = "integer" if self.integer else "random"
-        block = "" if self.format != "fp8_block" else "x".join(map(str, self.block_shape))
+        blocks = dict.fromkeys((by(self.w13_block), by(self.w2_block)))
+        block = "+".join(blocks) if self.format == "fp8_block" else ""
         return (
             f"{self.format}{block} {self.activation.kind} {self.layout} {data} T{self.tokens} "
             f"E{self.num_experts} top{self.top_k} H{self.hidden_size} I{self.intermediate_size}"
@@ -95,7 +98,12 @@ def cases(quick: bool = False) -> Iterator[Case]:
             yield Case(name, Activation.from_name(kind), integer=True, layout="ep")
         yield Case(name, ACTIVATIONS[1], layout="ep", tokens=0)
     for block in ((64, 64), (32, 32), (64, 128), (128, 64)):
-        yield Case("fp8_block", ACTIVATIONS[1], block_shape=block)
+        yield Case("fp8_block", ACTIVATIONS[1], w13_block=block, w2_block=block)
+    for refined in (64, 32):  # shards of Step-3.5 at TP4 and TP8, which are refined on one axis
+        yield Case(
+            "fp8_block", ACTIVATIONS[1], hidden_size=256, intermediate_size=160,
+            w13_block=(refined, 128), w2_block=(128, refined),
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
@@ -125,10 +133,9 @@ def build(case: Case, seed: int = 0) -> Problem:
         topk_weights = torch.rand(t, case.top_k, generator=g) + 0.1
         topk_weights = topk_weights / topk_weights.sum(1, keepdim=True) * 3.0
     x = x.bfloat16()
-    weights = encode(case.format, w13, w2, case.block_shape)
+    weights = encode(case.format, w13, w2, case.w13_block, case.w2_block)
     layer = LayerConfig(
         format=case.format,
-        block_shape=case.block_shape if case.format == "fp8_block" else None,
         num_experts=e,
         num_local_experts=local,
         top_k=case.top_k,
@@ -138,6 +145,8 @@ def build(case: Case, seed: int = 0) -> Problem:
         dtype="bfloat16",
         device="cpu",
         expert_parallel=expert_map is not None,
+        w13_block=case.w13_block if case.format == "fp8_block" else None,
+        w2_block=case.w2_block if case.format == "fp8_block" else None,
     )
     reference = naive_experts(x, weights, topk_weights, ids, case.activation, expert_map)
     return Problem(case, layer, weights, x, topk_weights, ids, expert_map, reference)
@@ -173,9 +182,16 @@ def _integers(
 
 
 def encode(
-    format_name: str, w13: torch.Tensor, w2: torch.Tensor, block_shape: tuple[int, int]
+    format_name: str,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_block: Block = (128, 128),
+    w2_block: Block | None = None,
 ) -> Weights:
     """Quantise float `[E, 2I, H]` and `[E, H, I]` into canonical weights of a format.
+
+    Args:
+        w13_block, w2_block: of fp8_block; the second is as the first if it is not given.
 
     NVFP4's gate and up get different global scales. Integer-valued weights get scales that are
     powers of two, with which they decode exactly.
@@ -186,13 +202,15 @@ def encode(
     halves = w13.view(e, 2, two_i // 2, h)
     integral = bool((w13 == w13.round()).all())
     if format_name == "fp8_block":
-        c13, s13 = fp8_block.quantize_blocks(halves, block_shape)
-        c2, s2 = fp8_block.quantize_blocks(w2, block_shape)
+        w2_block = w2_block or w13_block
+        c13, s13 = fp8_block.quantize_blocks(halves, w13_block)
+        c2, s2 = fp8_block.quantize_blocks(w2, w2_block)
         if integral:
             s13, s2 = _power_of_two(s13), _power_of_two(s2)
-            c13 = (halves / fp8_block.spread_scale(s13, two_i // 2, h, block_shape)).to(c13.dtype)
-            c2 = (w2 / fp8_block.spread_scale(s2, h, two_i // 2, block_shape)).to(c2.dtype)
-        return Fp8BlockWeights(c13.view(e, two_i, h), s13.flatten(1, 2), c2, s2, block_shape)
+            c13 = (halves / fp8_block.spread_scale(s13, two_i // 2, h, w13_block)).to(c13.dtype)
+            c2 = (w2 / fp8_block.spread_scale(s2, h, two_i // 2, w2_block)).to(c2.dtype)
+        c13, s13 = c13.view(e, two_i, h), s13.flatten(1, 2)
+        return Fp8BlockWeights(c13, s13, c2, s2, w13_block, w2_block)
     g13 = nvfp4.global_scale_of(halves.abs().amax((2, 3))) * torch.tensor([1.0, 5.7])
     g2 = nvfp4.global_scale_of(w2.abs().amax((1, 2)))[:, None]
     if integral:

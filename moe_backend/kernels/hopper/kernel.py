@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
-from moe_backend.formats.fp8_block import cdiv
+from moe_backend.formats.fp8_block import by, cdiv
 from moe_backend.kernels.hopper import tiles as tile_table
 from moe_backend.kernels.hopper.tiles import Tile, Tiles
 from moe_backend.kernels.registry import LayerConfig
@@ -78,9 +78,9 @@ def shape_refusal(layer: LayerConfig) -> str | None:
     for label, size in (("hidden", layer.hidden_size), ("intermediate", layer.intermediate_size)):
         if size % multiple:
             return f"the {label} size must be a multiple of {multiple}, not {size}"
-    block = layer.block_shape
-    if block is not None and (block[1] < 32 or block[1].bit_count() != 1):
-        return f"the block's columns must be a power of two from 32, not {block[1]}"
+    for block in (layer.w13_block, layer.w2_block):
+        if block is not None and (block[1] < 32 or block[1].bit_count() != 1):
+            return f"a block's columns must be a power of two from 32, not {by(block)}"
     return None
 
 
@@ -124,7 +124,8 @@ def run(
     )  # fmt: skip
     fp8, nvfp4 = layer.format == Fp8BlockWeights.name, layer.format == Nvfp4Weights.name
     w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
-    scale_n, scale_k = layer.block_shape or (1, 16)
+    n13, k13 = layer.w13_block or (1, 16)
+    n2, k2 = layer.w2_block or (1, 16)
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -158,8 +159,6 @@ def run(
     shared = {
         "FORMAT": FORMATS[layer.format],
         "EXPERTS": triton.next_power_of_2(e),
-        "SCALE_N": scale_n,
-        "SCALE_K": scale_k,
         "PTX": on_gpu,
         "PDL": on_gpu,
         **overlap,
@@ -170,14 +169,16 @@ def run(
         operand, operand_scale, _w13_view(w13, first), w13_scale, w13_global, hidden, hidden_scale,
         slot_list, ends, activation.limit or 0.0, activation.alpha, activation.beta,
         e, h, i, operand.shape[1], hidden.shape[1], scale_rows, scale_columns,
-        TOP_K=top_k, ACTIVATION=ACTIVATIONS[activation.kind], BLOCK_M=first.m, BLOCK_I=first.n,
+        TOP_K=top_k, SCALE_N=n13, SCALE_K=k13,
+        ACTIVATION=ACTIVATIONS[activation.kind], BLOCK_M=first.m, BLOCK_I=first.n,
         BLOCK_K=first.k, SPLIT=first.split, STAGES=first.stages, num_warps=first.warps, **shared,
     )  # fmt: skip
     scale_rows, scale_columns = _scale_shape(layer, w2_scale, 1)
     device.down_kernel[(programs * second.per_sm,)](
         hidden, hidden_scale, _w2_view(w2, second), w2_scale, w2_global, weights, partial,
         slot_list, ends, e, h, i, hidden.shape[1], scale_rows, scale_columns,
-        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, GROUP=first.n, BLOCK_M=second.m,
+        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, GROUP=first.n,
+        SCALE_N=n2, SCALE_K=k2, BLOCK_M=second.m,
         BLOCK_H=second.n, BLOCK_K=second.k, STAGES=second.stages, num_warps=second.warps, **shared,
     )  # fmt: skip
     device.sum_kernel[(tokens, cdiv(h, 1024))](

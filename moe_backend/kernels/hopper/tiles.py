@@ -52,20 +52,21 @@ def choose(layer: LayerConfig, tokens: int) -> Tiles:
 
 
 def _fp8(layer: LayerConfig, slots: float) -> Tiles:
-    assert layer.block_shape is not None
-    scale_rows, scale_columns = layer.block_shape
-    k = min(128, scale_columns)
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
+    k13 = min(128, k13)
     # Gate and up tiles of 64 rows need a scale for all their rows.
     if scale_rows % 64 or layer.intermediate_size % 64:
-        depth = min(32, k)
+        depth = min(32, k2)
         if slots <= 28:
-            return Tiles(Tile(16, 32, k, 4, 6, 3), Tile(16, 128, depth, 4, 5, 4))
-        return Tiles(Tile(64, 32, k, 4, 5, 2), Tile(64, 128, depth, 4, 5, 2))
+            return Tiles(Tile(16, 32, k13, 4, 6, 3), Tile(16, 128, depth, 4, 5, 4))
+        return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, depth, 4, 5, 2))
     if slots <= 12:
-        return Tiles(Tile(16, 64, k, 4, 5, 3, True), Tile(16, 128, min(64, k), 4, 5, 4))
+        return Tiles(Tile(16, 64, k13, 4, 5, 3, True), Tile(16, 128, min(64, k2), 4, 5, 4))
     if slots <= 60 or scale_rows % 128:
-        return Tiles(Tile(32, 64, k, 4, 4, 3, True), Tile(32, 128, min(64, k), 4, 6, 3))
-    return Tiles(Tile(64, 128, k, 8, 4, 1, True), Tile(64, 128, k, 4, 4, 2))
+        return Tiles(Tile(32, 64, k13, 4, 4, 3, True), Tile(32, 128, min(64, k2), 4, 6, 3))
+    return Tiles(Tile(64, 128, k13, 8, 4, 1, True), Tile(64, 128, min(128, k2), 4, 4, 2))
 
 
 def _nvfp4(slots: float) -> Tiles:

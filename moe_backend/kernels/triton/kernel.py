@@ -13,7 +13,7 @@ import torch
 
 from moe_backend.activation import ActivationKind
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
-from moe_backend.formats.fp8_block import cdiv
+from moe_backend.formats.fp8_block import by, cdiv
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
@@ -31,11 +31,12 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes of both GEMMs: slots, output columns, depth; and the launch's warps and stages."""
+    """Tile sizes: slots, output columns, depth of each GEMM; and the launch's warps and stages."""
 
     m: int
     n: int
-    k: int
+    k13: int
+    k2: int
     warps: int
     stages: int
 
@@ -55,8 +56,9 @@ class TritonKernel:
             return "Triton is not installed"
         if layer.dtype not in ("bfloat16", "float16"):
             return f"it takes bf16 or fp16 activations, not {layer.dtype}"
-        if layer.format == Fp8BlockWeights.name and not _power_of_two_from_16(layer.block_shape):
-            return f"the block's columns must be a power of two from 16, not {layer.block_shape}"
+        for block in (layer.w13_block, layer.w2_block):
+            if block is not None and (block[1] < 16 or block[1].bit_count() != 1):
+                return f"a block's columns must be a power of two from 16, not {by(block)}"
         return None
 
     def preference(self, layer: LayerConfig) -> str:
@@ -84,18 +86,15 @@ class TritonKernel:
         return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
 
 
-def _power_of_two_from_16(block_shape: tuple[int, int] | None) -> bool:
-    return block_shape is not None and block_shape[1] >= 16 and block_shape[1].bit_count() == 1
-
-
 def blocks(layer: LayerConfig, tokens: int) -> Blocks:
     """Tile sizes by the average number of slots that an expert gets."""
     per_expert = tokens * layer.top_k / layer.num_experts
     m = 16 if per_expert <= 16 else 32 if per_expert <= 48 else 64
-    k = 64 if layer.format == Bf16Weights.name else 128
-    if layer.block_shape is not None:
-        k = min(128, layer.block_shape[1])  # one scale per depth step
-    return Blocks(m=m, n=64, k=k, warps=4, stages=3)
+    k13 = k2 = 64 if layer.format == Bf16Weights.name else 128
+    if layer.w13_block is not None and layer.w2_block is not None:
+        # One scale per depth step.
+        k13, k2 = min(128, layer.w13_block[1]), min(128, layer.w2_block[1])
+    return Blocks(m=m, n=64, k13=k13, k2=k2, warps=4, stages=3)
 
 
 def tiles(
@@ -145,16 +144,14 @@ def run(
     weights = topk_weights.float().contiguous()
     hidden = torch.empty(slots, i, dtype=x.dtype, device=x.device)
     partial = torch.empty(slots, h, dtype=torch.float32, device=x.device)
-    scale_n, scale_k = layer.block_shape or (1, 16)
+    n13, s13 = layer.w13_block or (1, 16)
+    n2, s2 = layer.w2_block or (1, 16)
     compute = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     shared = {
         "FORMAT": FORMATS[layer.format],
-        "SCALE_N": scale_n,
-        "SCALE_K": scale_k,
         "WEIGHT_ON_INPUT": layer.apply_router_weight_on_input,
         "BLOCK_M": block.m,
         "BLOCK_N": block.n,
-        "BLOCK_K": block.k,
         "COMPUTE": compute,
         "num_warps": block.warps,
         "num_stages": block.stages,
@@ -165,12 +162,14 @@ def run(
         plan.slots, plan.expert_offsets, tile_expert, tile_first,
         activation.limit or 0.0, activation.alpha, activation.beta,
         h, i, x.stride(0), w13.stride(0), w13.stride(1), *_strides(w13_scale),
-        TOP_K=top_k, ACTIVATION=ACTIVATIONS[activation.kind], **shared,
+        TOP_K=top_k, ACTIVATION=ACTIVATIONS[activation.kind],
+        SCALE_N=n13, SCALE_K=s13, BLOCK_K=block.k13, **shared,
     )  # fmt: skip
     device.down_kernel[(len(tile_expert), cdiv(h, block.n))](
         hidden, w2, w2_scale, w2_global, weights, partial,
         plan.slots, plan.expert_offsets, tile_expert, tile_first,
-        h, i, w2.stride(0), w2.stride(1), *_strides(w2_scale), **shared,
+        h, i, w2.stride(0), w2.stride(1), *_strides(w2_scale),
+        SCALE_N=n2, SCALE_K=s2, BLOCK_K=block.k2, **shared,
     )  # fmt: skip
     ids = local_ids(topk_ids, expert_map).contiguous()
     device.sum_kernel[(tokens, cdiv(h, 1024))](partial, ids, out, h, TOP_K=top_k, BLOCK=1024)

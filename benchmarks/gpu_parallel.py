@@ -1,0 +1,352 @@
+"""The tiny model on several GPUs through vLLM, once for each way of doing its collectives.
+
+    python benchmarks/gpu_parallel.py OUT.jsonl --tp 2 [--budget 560]
+
+First the stand-alone probe, then one server after another, the most telling first, each with CUDA
+graphs and with MOE_BACKEND_ALL_REDUCE set to something else. All must give the greedy tokens of
+the first server of their format, and the path that is under test must have reduced something. One
+JSON row per run goes to OUT; calling it again with the same file goes on where it stopped, and
+`--budget` ends the call before a run that would not finish in time. `--list` shows what there is.
+Exit code 0: all that was asked for has run, and is right or not there on
+this machine. 1: something is wrong. 3: some is left.
+
+Paths that vLLM leaves out on such a machine, and what makes them run here:
+
+* `symm_mem`: vLLM 0.33 wants NVLink multicast, although its two-shot kernel needs none. Multicast
+  stays off (on a shared host a fault of it is not confined to one process), and the worker has vLLM
+  take the two-shot kernel all the same.
+* `pynccl`: vLLM 0.33 wants NCCL 2.29.7 or later (`ncclCommSuspend`), torch 2.11 brings 2.28.9. Give
+  a newer library with `--nccl /path/to/libnccl.so.2`.
+* `quick` and `aiter` exist on ROCm only, `flashinfer` where that package is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples"
+TINY = EXAMPLES / "tiny_step" / "checkpoint"
+VARIABLE = "MOE_BACKEND_ALL_REDUCE"
+FIRST_START_S = 150.0  # of a run, until one has been timed
+CAPTURED = [1, 2, 4, 8, 16, 32, 64]
+LINES = ("collectives of", "all-reduce backends", "kernel=", "a path hangs", "graph capturing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server. `reduces`: the path of which the run is the test, if it is of one."""
+
+    format: str
+    setting: str = "unset"
+    expert_parallel: bool = False
+    reduces: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}{' ep' if self.expert_parallel else ''} {self.setting}"
+
+
+RUNS = (
+    Run("fp8-block", reduces="custom"),
+    Run("fp8-block", "off", reduces="torch"),
+    Run("fp8-block", "pynccl", reduces="pynccl"),
+    Run("fp8-block", "symm_mem", reduces="symm_mem"),
+    Run("fp8-block", "-custom"),
+    Run("fp8-block", expert_parallel=True, reduces="custom"),
+    Run("nvfp4-ct", reduces="custom"),
+    Run("bf16", reduces="custom"),
+    Run("fp8-block", "custom", reduces="custom"),
+    Run("fp8-block", "off", expert_parallel=True, reduces="torch"),
+    Run("nvfp4-ct", "off", reduces="torch"),
+    Run("nvfp4-ct", expert_parallel=True, reduces="custom"),
+    Run("bf16", "off", reduces="torch"),
+    Run("nvfp4-modelopt", reduces="custom"),
+    Run("fp8-block", "flashinfer", reduces="flashinfer"),
+    Run("fp8-block", "on", reduces="custom"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, nargs="?", help="JSON lines; read, then appended to")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--budget", type=float, default=560, metavar="S", help="of this call")
+    parser.add_argument(
+        "--only", nargs="*", metavar="WORD", help="runs whose name has all the words"
+    )
+    parser.add_argument("--again", action="store_true", help="repeat the runs that were wrong")
+    parser.add_argument("--no-probe", action="store_true", help="without the stand-alone probe")
+    parser.add_argument("--nccl", type=Path, metavar="LIB", help="another libnccl.so.2")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="CUDA graphs without torch.compile"
+    )
+    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the converted models here")
+    parser.add_argument("--list", action="store_true", help="show the runs, and which OUT has")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the child's part
+    args = parser.parse_args()
+    if args.serve:
+        serve(json.loads(args.serve))
+        return 0
+    if args.out is None:
+        parser.error("OUT is missing")
+    return Session(args).go()
+
+
+class Session:
+    """One call: what is wanted, what is there, and how much time is left."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.ends = time.monotonic() + args.budget
+        self.rows: list[dict[str, Any]] = []
+        if args.out.exists():
+            self.rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        words = args.only or []
+        self.runs = [run for run in RUNS if all(word in run.name.split() for word in words)]
+
+    def go(self) -> int:
+        if self.args.list:
+            for run in self.runs:
+                row = self.row_of(run.name)
+                word = "-" if row is None else "absent" if row.get("absent") else "wrong"
+                print(f"{'ok' if row and row['ok'] else word:8}{run.name}")
+            return 0
+        with tempfile.TemporaryDirectory() as scratch:
+            models = self.args.models or Path(scratch)
+            if not self.args.no_probe and self.is_due("probe"):
+                self.add("probe", self.probe(Path(scratch)))
+            for run in self.runs:
+                if not self.is_due(run.name):
+                    continue
+                row = None
+                if self.ends - time.monotonic() >= self.longest():
+                    row = self.run(run, models, Path(scratch))
+                if row is None:
+                    print(f"{run.name}: no time left in this call", flush=True)
+                    return 3
+                self.add(run.name, row)
+        mine = [self.row_of(run.name) for run in self.runs]
+        return 0 if all(row and (row["ok"] or row.get("absent")) for row in mine) else 1
+
+    def is_due(self, name: str) -> bool:
+        row = self.row_of(name)
+        return row is None or (self.args.again and not row["ok"])
+
+    def row_of(self, name: str) -> dict[str, Any] | None:
+        """The last row of that run with these settings, if it has run."""
+        wanted = (name, self.args.tp, self.args.prompts, not self.args.no_compile)
+        for row in reversed(self.rows):
+            if (row["name"], row["tp"], row["prompts"], row["compiled"]) == wanted:
+                return row
+        return None
+
+    def longest(self) -> float:
+        """Seconds to keep free for the next run: those of the longest so far."""
+        taken = [row["seconds"] for row in self.rows if row["name"] != "probe"]
+        return max(taken) if taken else min(FIRST_START_S, self.args.budget)
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        row = {
+            "name": name,
+            "tp": self.args.tp,
+            "prompts": self.args.prompts,
+            "compiled": not self.args.no_compile,
+            **row,
+            "date": datetime.date.today().isoformat(),
+        }
+        self.rows.append(row)
+        with self.args.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        shown = {k: v for k, v in row.items() if k not in ("tokens", "log", "probe", "versions")}
+        print(json.dumps(shown), flush=True)
+
+    def environment(self) -> dict[str, str]:
+        env = {
+            # Multicast off unless the caller has set these otherwise.
+            "NCCL_NVLS_ENABLE": "0",
+            "NVSHMEM_DISABLE_NVLS": "1",
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "PYTHONPATH": os.pathsep.join(
+                (str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""))
+            ),
+        }
+        env.pop(VARIABLE, None)
+        if self.args.nccl:
+            # Preloaded, so that torch and vLLM use the same one.
+            env["LD_PRELOAD"] = env["VLLM_NCCL_SO_PATH"] = str(self.args.nccl.resolve(strict=True))
+        return env
+
+    def probe(self, scratch: Path) -> dict[str, Any]:
+        """`python -m moe_backend.comm`."""
+        out = scratch / "probe.json"
+        command = [sys.executable, "-m", "moe_backend.comm", "--world-size", str(self.args.tp)]
+        began = time.monotonic()
+        code, said = self.call([*command, "--json", str(out)], self.environment())
+        return {
+            "ok": code == 0,
+            "seconds": round(time.monotonic() - began, 1),
+            "probe": json.loads(out.read_text()) if out.exists() else said[-2000:],
+        }
+
+    def run(self, run: Run, models: Path, scratch: Path) -> dict[str, Any] | None:
+        """The row of one server; None if the time was up before it was done."""
+        model = TINY if run.format == "bf16" else models / run.format
+        if not model.exists():
+            command = [sys.executable, "-m", "moe_backend.cli", "convert", str(TINY), str(model)]
+            subprocess.run([*command, "--to", run.format], check=True, env=self.environment())
+        answer = scratch / "answer.json"
+        answer.unlink(missing_ok=True)
+        job = {**asdict(run), **vars(self.args), "model": str(model), "answer": str(answer)}
+        env = self.environment()
+        env["XDG_CACHE_HOME"] = str(scratch)  # no verdict of another run
+        env["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
+        if run.setting != "unset":
+            env[VARIABLE] = run.setting
+        if run.reduces == "symm_mem" and env["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1":
+            env["GPU_PARALLEL_TWO_SHOT"] = "1"
+        began = time.monotonic()
+        command = [sys.executable, __file__, "--serve", json.dumps(job, default=str)]
+        code, said = self.call(command, env)
+        if code is None:
+            return None
+        row: dict[str, Any] = {"run": asdict(run), "ok": False, "log": telling(said)}
+        if answer.exists():
+            row.update(json.loads(answer.read_text()))
+            row.update(self.judge(run, row))
+        else:
+            row["error"] = f"exit code {code}: {said[-3000:]}"
+        return {**row, "seconds": round(time.monotonic() - began, 1)}
+
+    def judge(self, run: Run, row: dict[str, Any]) -> dict[str, Any]:
+        """Whether the tokens are those of the first run of the format, on the path under test."""
+        first = next(
+            (
+                r
+                for r in self.rows
+                if r.get("run", {}).get("format") == run.format and "tokens" in r
+            ),
+            row,
+        )
+        pairs = list(zip(first["tokens"], row["tokens"], strict=False))
+        differ = [number for number, (a, b) in enumerate(pairs) if a != b]
+        used = not run.reduces or row["calls"].get(run.reduces, 0) > row["checked"]
+        used = used or row["devices"] == ["cpu"]  # where this script is only tried out
+        return {
+            "ok": not differ and used and row["right"] >= 0.97,
+            "differ": differ,
+            "under_test": used,
+            "absent": any("which is not enabled here" in line for line in row["log"]),
+        }
+
+    def call(self, command: list[str], env: dict[str, str]) -> tuple[int | None, str]:
+        """Exit code, None when time was up, and output. Nothing that it started outlives it."""
+        left = max(30.0, self.ends - time.monotonic())
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return None, process.communicate()[0]
+        return process.returncode, said
+
+
+def serve(job: dict[str, Any]) -> None:
+    """The child: one server, all prompts, and what it said."""
+    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny_step")]
+    import simple_inference
+    import tasks
+
+    simple_inference.prepare_environment(job["model"], job["tp"])
+    import torch
+    from vllm import LLM, SamplingParams
+
+    compilation: dict[str, Any] = {"cudagraph_capture_sizes": CAPTURED}
+    if job["no_compile"]:
+        compilation.update(mode=0, cudagraph_mode="FULL_DECODE_ONLY")
+    began = time.monotonic()
+    llm = LLM(
+        job["model"],
+        moe_backend="blockscale",
+        tensor_parallel_size=job["tp"],
+        enable_expert_parallel=job["expert_parallel"],
+        enforce_eager=simple_inference.on_cpu(),
+        max_model_len=512,
+        max_num_seqs=max(CAPTURED),
+        compilation_config=compilation,
+        worker_extension_cls="gpu_parallel_worker.CountingWorker",
+    )
+    started = time.monotonic()
+    samples = tasks.held_out(job["prompts"])
+    outputs = llm.generate(
+        [prompt for _, prompt, _ in samples],
+        SamplingParams(temperature=0, max_tokens=32),
+        use_tqdm=False,
+    )
+    ended = time.monotonic()
+    said = [output.outputs[0] for output in outputs]
+    right = [tasks.check(p, s.text) is True for (_, p, _), s in zip(samples, said, strict=True)]
+    calls, checked = llm.collective_rpc("collective_calls")[0]
+    cuda = torch.cuda.is_available()
+    answer = {
+        "start_s": round(started - began, 1),
+        "generate_s": round(ended - started, 2),
+        "right": sum(right) / len(right),
+        "tokens": [list(s.token_ids) for s in said],
+        "calls": calls,
+        "checked": checked,
+        "devices": [torch.cuda.get_device_name(i) for i in range(job["tp"])] if cuda else ["cpu"],
+        "versions": dict(versions()),
+    }
+    Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def telling(said: str) -> list[str]:
+    """The lines of a log that say what ran, without process, time and place, each once."""
+    lines = [line for line in said.splitlines() if any(word in line for word in LINES)]
+    return list(dict.fromkeys(re.sub(r"^(\(.*?\) )?[A-Z]+ .*?\] ", "", line) for line in lines))
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from moe_backend import __version__
+
+    yield "moe-backend", __version__
+    yield "torch", torch.__version__
+    for name in ("vllm", "triton", "flashinfer-python", "nvidia-nccl-cu13"):
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())
