@@ -155,9 +155,8 @@ def report(row: Row) -> str:
         text += f"  ours {row.ours_us:7.1f} ({row.ours_us / row.floor_us:.2f}x floor)"
         if timed:
             best = min(timed, key=timed.__getitem__)
-            text += (
-                f"  best rival {timed[best]:7.1f} {best} ({timed[best] / row.ours_us:.2f}x ours)"
-            )
+            ratio = timed[best] / row.ours_us
+            text += f"  best rival {timed[best]:7.1f} {best} ({ratio:.2f}x ours)"
     else:
         text += f"  ours {row.ours_us}"
     return text
@@ -182,9 +181,8 @@ def plot(rows: list[Row], path: Path) -> None:
         for label, line in lines.items():
             points = [(t, v / floors[t]) for t, v in line.items() if isinstance(v, float)]
             if points:
-                bold = label == "moe_backend"
-                axis.plot(*zip(*points, strict=True), marker="o", label=label,
-                          linewidth=2.5 if bold else 1, color="black" if bold else None)  # fmt: skip
+                style = {"linewidth": 2.5, "color": "black"} if label == "moe_backend" else {}
+                axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axis.axhline(1, color="grey", linewidth=0.7)
         axis.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="time / floor")
     axes[0][0].legend(fontsize=7)

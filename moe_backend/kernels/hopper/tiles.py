@@ -1,6 +1,6 @@
 """Tile sizes of the Hopper kernels by format and slots per expert.
 
-Measured on an H200 (`benchmarks/moe.py --tiles`); `docs/kernels.md` says what was tried.
+Measured on an H200; `docs/kernels.md` says what was tried.
 """
 
 from __future__ import annotations
@@ -56,17 +56,22 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles:
     assert layer.w2_block is not None
     (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
     k13 = min(128, k13)
-    # Gate and up tiles of 64 rows need a scale for all their rows.
+    m = 16 if slots <= 12 else 32
     if scale_rows % 64 or layer.intermediate_size % 64:
-        depth = min(32, k2)
-        if slots <= 28:
-            return Tiles(Tile(16, 32, k13, 4, 6, 3), Tile(16, 128, depth, 4, 5, 4))
-        return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, depth, 4, 5, 2))
-    if slots <= 12:
-        return Tiles(Tile(16, 64, k13, 4, 5, 3, True), Tile(16, 128, min(64, k2), 4, 5, 4))
-    if slots <= 60 or scale_rows % 128:
-        return Tiles(Tile(32, 64, k13, 4, 4, 3, True), Tile(32, 128, min(64, k2), 4, 6, 3))
-    return Tiles(Tile(64, 128, k13, 8, 4, 1, True), Tile(64, 128, min(128, k2), 4, 4, 2))
+        # Tiles of 64 gate rows and 64 up rows need one scale for all rows of each.
+        k2 = min(32, k2)
+        if slots <= 60:
+            return Tiles(Tile(m, 32, k13, 4, 6, 3), Tile(m, 256, k2, 4, 4, 3))
+        return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, k2, 4, 5, 2))
+    small = layer.intermediate_size <= 512  # few steps in the second GEMM: make them deep
+    if scale_rows % 128 or layer.intermediate_size % 128 or (slots < 4 and not small):
+        k2 = min(64, k2)
+        return Tiles(Tile(m, 64, k13, 4, 5, 3, True), Tile(m, 128, k2, 4, 5, 4))
+    k2 = min(128, k2)
+    if m == 16:
+        second = Tile(16, 256, k2, 4, 2, 3) if small else Tile(16, 128, k2, 4, 4, 3)
+        return Tiles(Tile(16, 128, k13, 4, 4, 2, True), second)
+    return Tiles(Tile(32, 128, k13, 4, 3, 2, True), Tile(32, 256, k2, 4, 3, 2))
 
 
 def _nvfp4(slots: float) -> Tiles:
