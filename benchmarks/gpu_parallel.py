@@ -7,8 +7,8 @@ graphs and with MOE_BACKEND_ALL_REDUCE set to something else. All must give the 
 the first server of their format, and the path that is under test must have reduced something. One
 JSON row per run goes to OUT; calling it again with the same file goes on where it stopped, and
 `--budget` ends the call before a run that would not finish in time. `--list` shows what there is.
-Exit code 0: all that was asked for has run, and is right or not there on
-this machine. 1: something is wrong. 3: some is left.
+Exit code 0: all that was asked for has run, and is right or not there on this machine. 1: something
+is wrong. 3: some is left.
 
 Paths that vLLM leaves out on such a machine, and what makes them run here:
 
@@ -161,7 +161,7 @@ class Session:
     def longest(self) -> float:
         """Seconds to keep free for the next run: those of the longest so far."""
         taken = [row["seconds"] for row in self.rows if row["name"] != "probe"]
-        return max(taken) if taken else min(FIRST_START_S, self.args.budget)
+        return max(taken) if taken else min(FIRST_START_S, 0.9 * self.args.budget)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         row = {
