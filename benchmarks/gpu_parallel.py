@@ -1,14 +1,14 @@
 """The tiny model on several GPUs through vLLM, once for each way of doing its collectives.
 
-    python benchmarks/gpu_parallel.py OUT.jsonl --tp 2 [--budget 560]
+    python benchmarks/gpu_parallel.py OUT.jsonl --tp 2 [--budget 560] [--only fp8-block off]
 
 First the stand-alone probe, then one server after another, the most telling first, each with CUDA
 graphs and with MOE_BACKEND_ALL_REDUCE set to something else. All must give the greedy tokens of
 the first server of their format, and the path that is under test must have reduced something. One
 JSON row per run goes to OUT; calling it again with the same file goes on where it stopped, and
 `--budget` ends the call before a run that would not finish in time. `--list` shows what there is.
-Exit code 0: all that was asked for has run, and is right or not there on
-this machine. 1: something is wrong. 3: some is left.
+Exit code 0: all that was asked for has run, and is right or not there on this machine. 1: something
+is wrong. 3: some is left.
 
 Paths that vLLM leaves out on such a machine, and what makes them run here:
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -33,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,22 +41,26 @@ EXAMPLES = HERE.parent / "examples"
 TINY = EXAMPLES / "tiny_step" / "checkpoint"
 VARIABLE = "MOE_BACKEND_ALL_REDUCE"
 FIRST_START_S = 150.0  # of a run, until one has been timed
-CAPTURED = [1, 2, 4, 8, 16, 32, 64]
 LINES = ("collectives of", "all-reduce backends", "kernel=", "a path hangs", "graph capturing")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One server. `reduces`: the path of which the run is the test, if it is of one."""
+    """One server, tensor parallel unless `data_parallel`, which is with its experts spread.
+
+    `reduces`: the path of which the run is the test, if it is of one.
+    """
 
     format: str
     setting: str = "unset"
     expert_parallel: bool = False
+    data_parallel: bool = False
     reduces: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.format}{' ep' if self.expert_parallel else ''} {self.setting}"
+        layout = " dp ep" if self.data_parallel else " ep" if self.expert_parallel else ""
+        return f"{self.format}{layout} {self.setting}"
 
 
 RUNS = (
@@ -68,6 +70,7 @@ RUNS = (
     Run("fp8-block", "symm_mem", reduces="symm_mem"),
     Run("fp8-block", "-custom"),
     Run("fp8-block", expert_parallel=True, reduces="custom"),
+    Run("fp8-block", data_parallel=True),
     Run("nvfp4-ct", reduces="custom"),
     Run("bf16", reduces="custom"),
     Run("fp8-block", "custom", reduces="custom"),
@@ -86,7 +89,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, nargs="?", help="JSON lines; read, then appended to")
-    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=2, help="GPUs")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--budget", type=float, default=560, metavar="S", help="of this call")
     parser.add_argument(
@@ -100,11 +103,7 @@ def main() -> int:
     )
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the converted models here")
     parser.add_argument("--list", action="store_true", help="show the runs, and which OUT has")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the child's part
     args = parser.parse_args()
-    if args.serve:
-        serve(json.loads(args.serve))
-        return 0
     if args.out is None:
         parser.error("OUT is missing")
     return Session(args).go()
@@ -161,7 +160,7 @@ class Session:
     def longest(self) -> float:
         """Seconds to keep free for the next run: those of the longest so far."""
         taken = [row["seconds"] for row in self.rows if row["name"] != "probe"]
-        return max(taken) if taken else min(FIRST_START_S, self.args.budget)
+        return max(taken) if taken else min(FIRST_START_S, 0.9 * self.args.budget)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         row = {
@@ -217,7 +216,15 @@ class Session:
             subprocess.run([*command, "--to", run.format], check=True, env=self.environment())
         answer = scratch / "answer.json"
         answer.unlink(missing_ok=True)
-        job = {**asdict(run), **vars(self.args), "model": str(model), "answer": str(answer)}
+        job = {
+            "model": str(model),
+            "ranks": self.args.tp,
+            "expert_parallel": run.expert_parallel,
+            "data_parallel": run.data_parallel,
+            "no_compile": self.args.no_compile,
+            "prompts": self.args.prompts,
+            "answer": str(answer),
+        }
         env = self.environment()
         env["XDG_CACHE_HOME"] = str(scratch)  # no verdict of another run
         env["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
@@ -226,7 +233,7 @@ class Session:
         if run.reduces == "symm_mem" and env["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1":
             env["GPU_PARALLEL_TWO_SHOT"] = "1"
         began = time.monotonic()
-        command = [sys.executable, __file__, "--serve", json.dumps(job, default=str)]
+        command = [sys.executable, str(HERE / "gpu_parallel_serve.py"), json.dumps(job)]
         code, said = self.call(command, env)
         if code is None:
             return None
@@ -278,74 +285,10 @@ class Session:
         return process.returncode, said
 
 
-def serve(job: dict[str, Any]) -> None:
-    """The child: one server, all prompts, and what it said."""
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny_step")]
-    import simple_inference
-    import tasks
-
-    simple_inference.prepare_environment(job["model"], job["tp"])
-    import torch
-    from vllm import LLM, SamplingParams
-
-    compilation: dict[str, Any] = {"cudagraph_capture_sizes": CAPTURED}
-    if job["no_compile"]:
-        compilation.update(mode=0, cudagraph_mode="FULL_DECODE_ONLY")
-    began = time.monotonic()
-    llm = LLM(
-        job["model"],
-        moe_backend="blockscale",
-        tensor_parallel_size=job["tp"],
-        enable_expert_parallel=job["expert_parallel"],
-        enforce_eager=simple_inference.on_cpu(),
-        max_model_len=512,
-        max_num_seqs=max(CAPTURED),
-        compilation_config=compilation,
-        worker_extension_cls="gpu_parallel_worker.CountingWorker",
-    )
-    started = time.monotonic()
-    samples = tasks.held_out(job["prompts"])
-    outputs = llm.generate(
-        [prompt for _, prompt, _ in samples],
-        SamplingParams(temperature=0, max_tokens=32),
-        use_tqdm=False,
-    )
-    ended = time.monotonic()
-    said = [output.outputs[0] for output in outputs]
-    right = [tasks.check(p, s.text) is True for (_, p, _), s in zip(samples, said, strict=True)]
-    calls, checked = llm.collective_rpc("collective_calls")[0]
-    cuda = torch.cuda.is_available()
-    answer = {
-        "start_s": round(started - began, 1),
-        "generate_s": round(ended - started, 2),
-        "right": sum(right) / len(right),
-        "tokens": [list(s.token_ids) for s in said],
-        "calls": calls,
-        "checked": checked,
-        "devices": [torch.cuda.get_device_name(i) for i in range(job["tp"])] if cuda else ["cpu"],
-        "versions": dict(versions()),
-    }
-    Path(job["answer"]).write_text(json.dumps(answer))
-
-
 def telling(said: str) -> list[str]:
     """The lines of a log that say what ran, without process, time and place, each once."""
     lines = [line for line in said.splitlines() if any(word in line for word in LINES)]
     return list(dict.fromkeys(re.sub(r"^(\(.*?\) )?[A-Z]+ .*?\] ", "", line) for line in lines))
-
-
-def versions() -> Iterator[tuple[str, str]]:
-    import torch
-
-    from moe_backend import __version__
-
-    yield "moe-backend", __version__
-    yield "torch", torch.__version__
-    for name in ("vllm", "triton", "flashinfer-python", "nvidia-nccl-cu13"):
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 if __name__ == "__main__":

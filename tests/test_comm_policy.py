@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from moe_backend.comm import (
     run_checks,
 )
 from moe_backend.comm.checks import Findings, everyone, total, values
-from moe_backend.comm.machine import describe, device_identity
+from moe_backend.comm.machine import describe, device_identity, nccl_version
 from moe_backend.comm.policy import refusal
 from moe_backend.comm.reports import probe_first
 from moe_backend.comm.summary import rows, this_machine
@@ -236,6 +238,13 @@ def test_path_that_takes_nothing_is_unused():
     assert run_checks(path, lonely()).outcome == "unused"
 
 
+def test_gather_that_the_path_leaves_to_others_is_no_case():
+    """aiter's may return None, and vLLM then takes the next path."""
+    world = lonely()
+    path = replace(simulated(world), all_gather=lambda tensor: None)
+    assert run_checks(path, world).cases == 9
+
+
 def test_quantised_path_may_be_a_little_off():
     world = lonely()
     path = replace(simulated(world, lambda t: t * 1.01), tolerance=0.02)
@@ -278,6 +287,18 @@ def test_verdicts_hold_for_their_machine_only(machine, monkeypatch):
     assert cache.load(replace(machine, linked=True)) != {}
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     assert cache.load(two_processes()) == {}
+
+
+def test_verdicts_hold_for_the_nccl_that_is_loaded(monkeypatch):
+    def get_version(number):
+        number._obj.value = 22907
+        return 0
+
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(ncclGetVersion=get_version))
+    assert nccl_version() == "2.29.7"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert nccl_version() == "2.28.9"
 
 
 def test_damaged_or_missing_memory_is_no_memory(machine, monkeypatch):

@@ -109,7 +109,13 @@ def ask():
     out = llm.generate(["57+52=", "sort 7 3 9 1: "], SamplingParams(temperature=0), use_tqdm=False)
     return [o.outputs[0].text for o in out]
 
-llm = LLM(sys.argv[1], moe_backend="blockscale", max_model_len=256, enforce_eager=True)
+llm = LLM(
+    sys.argv[1],
+    moe_backend="blockscale",
+    max_model_len=256,
+    enforce_eager=True,
+    tensor_parallel_size=int(sys.argv[2]),
+)
 before = ask()
 llm.collective_rpc(spoil)
 spoilt = ask()
@@ -118,14 +124,27 @@ print("RELOADED", before == ask() == ["109", "1 3 7 9"], spoilt != before)
 """
 
 
-@pytest.mark.parametrize("dialect", ["bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"])
-def test_weights_reload_in_place(dialect, converted):
+@pytest.mark.parametrize(
+    ("dialect", "tp"),
+    [
+        ("bf16", 1),
+        ("fp8-block", 1),
+        ("nvfp4-modelopt", 1),
+        ("nvfp4-ct", 1),
+        pytest.param(
+            "fp8-block", 2, marks=pytest.mark.long
+        ),  # scales that are merged after loading
+    ],
+)
+def test_weights_reload_in_place(dialect, tp, converted):
     result = run(
         "-c",
         RELOAD,
         str(converted(dialect)),
+        str(tp),
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+        VLLM_CPU_OMP_THREADS_BIND="auto" if tp == 1 else "nobind",
     )
     assert "RELOADED True True" in result.stdout, result.stdout + result.stderr[-2000:]
 

@@ -51,7 +51,8 @@ class Collective:
     """One path, opened: what to call. Inputs stay as they are; results are returned.
 
     Attributes:
-        all_gather: concatenates along dim 0; None when the path has none.
+        all_gather: concatenates along dim 0; None when the path has none. It returns None for a
+            tensor that it leaves to another path.
         accepts: whether the path takes this tensor for an all-reduce.
         gathers: whether it takes this tensor for an all-gather.
         capture: entered around the capture of a CUDA graph; None when it cannot be captured.
@@ -61,7 +62,7 @@ class Collective:
     """
 
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
-    all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    all_gather: Callable[[torch.Tensor], torch.Tensor | None] | None = None
     accepts: Callable[[torch.Tensor], bool] = _takes_all
     gathers: Callable[[torch.Tensor], bool] = _takes_all
     capture: Callable[[], AbstractContextManager[None]] | None = nullcontext
@@ -120,8 +121,9 @@ def run_checks(
             if path.all_gather is not None and path.gathers(mine):
                 begin(f"all_gather {_name(dtype)}[{numel}]")
                 gathered = path.all_gather(mine)
-                expected = everyone(world, numel, dtype, step, path.flat)
-                _compare(findings, gathered, expected, 0.0)
+                if gathered is not None:
+                    expected = everyone(world, numel, dtype, step, path.flat)
+                    _compare(findings, gathered, expected, 0.0)
     if captured and on_gpu and path.capture is not None:
         _run_captured(path, world, findings, begin)
     if on_gpu:

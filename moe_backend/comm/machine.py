@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -122,10 +123,23 @@ def _driver() -> str:
     return ""
 
 
+def nccl_version() -> str:
+    """Of the NCCL or RCCL that is loaded; torch.cuda.nccl.version() names that of the build."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("librccl.so.1" if torch.version.hip else "libnccl.so.2").ncclGetVersion(
+            ctypes.byref(number)
+        )
+    except (OSError, AttributeError):
+        return ".".join(str(part) for part in torch.cuda.nccl.version())
+    code = number.value  # major * 10000 + minor * 100 + patch, since 2.9
+    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
+
+
 def _versions(device: torch.device) -> dict[str, str]:
     found = {"moe-backend": __version__, "torch": str(torch.__version__)}
     if device.type == "cuda":
-        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+        found["nccl"] = nccl_version()
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -58,21 +59,12 @@ def collective(path: str, part: Any, world: World) -> Collective:
     """
     if part is None or getattr(part, "disabled", False):
         raise Unavailable(f"vLLM does not enable {path} here")
-    if path == "custom":
+    if path in ("custom", "aiter"):
         return Collective(
             all_reduce=part.custom_all_reduce,
             all_gather=part.custom_all_gather,
             accepts=part.should_custom_ar,
-            gathers=part.should_custom_all_gather,
-            capture=part.capture,
-            close=part.close,
-        )
-    if path == "aiter":
-        return Collective(
-            all_reduce=part.custom_all_reduce,
-            all_gather=part.custom_all_gather,
-            accepts=part.should_custom_ar,
-            gathers=part.should_custom_ag,
+            gathers=part.should_custom_ag if path == "aiter" else part.should_custom_all_gather,
             capture=part.capture,
             close=part.close,
         )
@@ -121,28 +113,20 @@ def _flashinfer(part: Any) -> Collective:
 # --- Openers for the child processes --------------------------------------------------------------
 
 
-def open_custom(world: World) -> Collective:
-    return _open("custom", world)
+def _open(path: str, world: World) -> Collective:
+    if world.device.type != "cuda":
+        raise Unavailable(f"{path} needs a CUDA or ROCm device")
+    part = PARTS[path]
+    built = getattr(module_of(part), part.class_name)(world.group, world.device)
+    return collective(path, built, world)
 
 
-def open_aiter(world: World) -> Collective:
-    return _open("aiter", world)
-
-
-def open_quick(world: World) -> Collective:
-    return _open("quick", world)
-
-
-def open_symm_mem(world: World) -> Collective:
-    return _open("symm_mem", world)
-
-
-def open_flashinfer(world: World) -> Collective:
-    return _open("flashinfer", world)
-
-
-def open_pynccl(world: World) -> Collective:
-    return _open("pynccl", world)
+open_custom = partial(_open, "custom")
+open_aiter = partial(_open, "aiter")
+open_quick = partial(_open, "quick")
+open_symm_mem = partial(_open, "symm_mem")
+open_flashinfer = partial(_open, "flashinfer")
+open_pynccl = partial(_open, "pynccl")
 
 
 def open_shm(world: World) -> Collective:
@@ -189,14 +173,6 @@ def shm_collective(communicator: Any, world: World) -> Collective:
         return result
 
     return Collective(all_reduce=all_reduce, all_gather=all_gather)
-
-
-def _open(path: str, world: World) -> Collective:
-    if world.device.type != "cuda":
-        raise Unavailable(f"{path} needs a CUDA or ROCm device")
-    part = PARTS[path]
-    built = getattr(module_of(part), part.class_name)(world.group, world.device)
-    return collective(path, built, world)
 
 
 def prepare(world: World) -> None:
