@@ -63,12 +63,11 @@ class GroupedScales:
         return torch.where(kept[:, None], found, 0).view(self.data.dtype)
 
 
-def empty_grouped_scales(slots: int, offsets: EndOffsets, columns: int) -> torch.Tensor:
-    """An uninitialised buffer for `GroupedScales.data`."""
-    rows = max_scale_rows(slots, offsets.tensor.numel())
-    return torch.empty(
-        rows * padded_columns(columns), dtype=torch.float8_e4m3fn, device=offsets.tensor.device
-    )
+def empty_grouped_scales(slots: int, offsets: EndOffsets, columns: int) -> GroupedScales:
+    """Room for the scales of any routing of `slots` slots, uninitialised."""
+    size = max_scale_rows(slots, offsets.tensor.numel()) * padded_columns(columns)
+    data = torch.empty(size, dtype=torch.float8_e4m3fn, device=offsets.tensor.device)
+    return GroupedScales(data, offsets, columns)
 
 
 def assemble_scales(scales: torch.Tensor, offsets: EndOffsets) -> GroupedScales:

@@ -1,0 +1,110 @@
+"""Device code: gather, quantise to NVFP4 and scatter the scales into 128x4 blocks, in one pass.
+
+Arithmetic is spelled out where hardware and compilers differ: division is correctly rounded, E4M3
+is rounded to nearest even on the bits of fp32. The result equals `formats.nvfp4.quantize` bit for
+bit, on a GPU and in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _e4m3(value):
+    """E4M3 code (as int32) nearest to fp32 `value` in [2**-9, 448], ties to even."""
+    bits = value.to(tl.int32, bitcast=True)
+    # Normal from 2**-6: 20 mantissa bits are rounded off, and the bias changes from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Subnormal: the spacing of fp32 at 2**14 is 2**-9, E4M3's smallest step.
+    subnormal = (value + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return tl.where(bits >= 0x3C800000, normal, subnormal)  # fp32 bits of 2**-6
+
+
+@triton.jit
+def _e4m3_value(code):
+    """fp32 value of a non-negative E4M3 code."""
+    normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(code >= 8, normal, code.to(tl.float32) * 0.001953125)
+
+
+@triton.jit
+def _e2m1_code(value):
+    """E2M1 code nearest to `value`, ties to the even code, saturating at 6."""
+    size = tl.abs(value)
+    code = (size > 0.25).to(tl.int32)
+    code += (size >= 0.75).to(tl.int32)
+    code += (size > 1.25).to(tl.int32)
+    code += (size >= 1.75).to(tl.int32)
+    code += (size > 2.5).to(tl.int32)
+    code += (size >= 3.5).to(tl.int32)
+    code += (size > 5.0).to(tl.int32)
+    sign = (value.to(tl.int32, bitcast=True) >> 28) & 8
+    return code | sign
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    global_scale,
+    slots,
+    ends,
+    packed,
+    scales,
+    K,
+    columns,
+    stride_x,
+    stride_global,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_POWER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of the sorted slots: codes to `packed[position]`, scales to their blocks.
+
+    A program handles BLOCK_M slots and BLOCK_K columns. A dropped slot has no place and writes
+    nothing. `columns` is K/16 rounded up to 4: the padding columns are written, with zeros.
+    """
+    expert_ids = tl.arange(0, EXPERTS_POWER)
+    real = expert_ids < EXPERTS
+    end = tl.load(ends + expert_ids, mask=real, other=2147483647)
+    start = tl.load(ends + expert_ids - 1, mask=real & (expert_ids > 0), other=0)
+    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept = position < tl.max(tl.where(real, end, 0), axis=0)
+    # The experts whose slots all come earlier give the slot its place in the padded rows.
+    before = end[None, :] <= position[:, None]
+    blocks_before = tl.sum(tl.where(before, ((end - start + 127) // 128)[None, :], 0), axis=1)
+    slots_before = tl.max(tl.where(before, end[None, :], 0), axis=1)
+    row = blocks_before.to(tl.int64) * 128 + (position - slots_before)
+
+    token = (tl.load(slots + position, mask=kept, other=0) // TOP_K).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    values = tl.load(
+        x + token[:, None] * stride_x + column[None, :],
+        mask=kept[:, None] & (column < K)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    scale_of_all = tl.load(global_scale + token * stride_global)[:, None]
+
+    blocks = tl.reshape(values, (BLOCK_M, BLOCK_K // 16, 16))
+    amax = tl.max(tl.abs(blocks), axis=2)
+    raw = tl.div_rn(tl.div_rn(amax, 6.0), tl.broadcast_to(scale_of_all, amax.shape))
+    raw = tl.minimum(tl.maximum(raw, 0.001953125), 448.0)
+    code = tl.where(amax > 0, _e4m3(raw), 0x38)  # a block of zeros has scale 1
+    step = _e4m3_value(code) * scale_of_all
+    codes = _e2m1_code(tl.div_rn(blocks, tl.broadcast_to(step[:, :, None], blocks.shape)))
+    low, high = tl.split(tl.reshape(codes, (BLOCK_M, BLOCK_K // 2, 2)))
+    byte = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    tl.store(
+        packed + position.to(tl.int64)[:, None] * (K // 2) + byte[None, :],
+        (low | (high << 4)).to(tl.uint8),
+        mask=kept[:, None] & (byte < K // 2)[None, :],
+    )
+
+    group = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+    first = row // 128 * columns * 128 + row % 32 * 16 + row % 128 // 32 * 4
+    place = first[:, None] + (group // 4 * 512 + group % 4)[None, :]
+    code = tl.where((group < K // 16)[None, :], code, 0)
+    tl.store(scales + place, code.to(tl.uint8), mask=kept[:, None] & (group < columns)[None, :])
