@@ -25,6 +25,13 @@ KERNEL = Variable(
     "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
+NVFP4 = Variable(
+    "MOE_BACKEND_NVFP4",
+    "how NVFP4 experts are kept: packed (4 bits, as in the checkpoint), folded (converted to FP8 "
+    "128x128 while loading), or auto",
+    "auto: folded on a GPU where its memory fits and steps bring many tokens per expert",
+)
+
 ALL_REDUCE = Variable(
     "MOE_BACKEND_ALL_REDUCE",
     "which collective paths vLLM may use: auto, probe, on, off, or names of paths "
@@ -32,4 +39,4 @@ ALL_REDUCE = Variable(
     "auto: what was built is tried with known sums when a group starts",
 )
 
-VARIABLES = (KERNEL, ALL_REDUCE)
+VARIABLES = (KERNEL, NVFP4, ALL_REDUCE)

@@ -23,7 +23,13 @@ class FusedMoE:
     """The prepared experts of one layer on one rank."""
 
     def __init__(
-        self, layer: LayerConfig, weights: Weights, *, kernel: str | None = None, where: str = ""
+        self,
+        layer: LayerConfig,
+        weights: Weights,
+        *,
+        kernel: str | None = None,
+        where: str = "",
+        origin: str = "",
     ) -> None:
         """Validate, select and prepare.
 
@@ -32,6 +38,7 @@ class FusedMoE:
             weights: canonical weights; the tensors may be kept, not copied.
             kernel: name of the kernel to use; None lets the registry choose.
             where: the layer's name, a prefix for error messages.
+            origin: how the weights came to this format, for the log (`nvfp4_paths.Prepared`).
 
         Raises:
             ValueError: a tensor is malformed, or no kernel runs this layer.
@@ -39,6 +46,7 @@ class FusedMoE:
         weights.validate(where)
         _check_sizes(layer, weights, where)
         self.layer = layer
+        self.origin = origin
         try:
             self.selection: Selection = select(layer, kernel)
         except ValueError as error:
@@ -97,6 +105,7 @@ class FusedMoE:
             f"hidden {layer.hidden_size}, intermediate {layer.intermediate_size} "
             f"activation={layer.activation} kernel={self.selection.kernel.name} "
             f"activations={self.selection.kernel.activations} ({self.selection.reason})"
+            + (f" {self.origin}" if self.origin else "")
         )
 
 

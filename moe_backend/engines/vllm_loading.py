@@ -58,12 +58,16 @@ class LoadRecord:
         self.loaders_run = str(load_format) not in _WITHOUT_LOADER
         self.seen: dict[tuple[str, str], set[int]] = {}
         self.expected: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {}
+        self.created: dict[str, torch.dtype] = {}  # dtype of each parameter before preparation
 
-    def expect_parameters(self, block_shape: list[int] | None) -> None:
+    def expect_parameters(
+        self, block_shape: list[int] | None, unfilled: tuple[str, ...] = ()
+    ) -> None:
         """Note shape and dtype of each parameter's checkpoint tensors, per expert.
 
         Args:
             block_shape: the checkpoint's FP8 block, None in other formats.
+            unfilled: parameters that this checkpoint need not have tensors for.
         """
         config = self.layer.moe_config
         intermediate = config.intermediate_size - (config.intermediate_pad or 0)
@@ -77,11 +81,12 @@ class LoadRecord:
             )
         for name, parameter in self.layer.named_parameters():
             stem, _, kind = name.partition("_")
-            if stem not in ("w13", "w2"):
+            if stem not in ("w13", "w2") or name in unfilled:
                 continue
             rows, columns = (intermediate, hidden) if stem == "w13" else (hidden, intermediate)
             shape, dtypes = _expected(kind, parameter.dtype, rows, columns, block_shape)
             self.expected[name] = (shape, dtypes)
+            self.created[name] = parameter.dtype
 
     def poison(self) -> None:
         """Fill every scale with NaN, so that a slot which nothing writes cannot pass for one."""
@@ -101,11 +106,18 @@ class LoadRecord:
         """Same contract as `RoutedExperts.weight_loader`.
 
         Raises:
-            ValueError: the tensor has the wrong shape or dtype for its parameter.
+            ValueError: the tensor has the wrong shape or dtype for its parameter, or the parameter
+                no longer has the checkpoint's format.
         """
         name = weight_name.rsplit(".", 1)[-1]
         stacked = loaded_weight.ndim == 3
         if name in self.expected:
+            if param.dtype != self.created[name]:
+                raise ValueError(
+                    f"{self.layer.layer_name}.{name}: these experts were folded from NVFP4 to FP8 "
+                    "when they were loaded, and the checkpoint's tensors no longer fit. Reload "
+                    "with vLLM's reload_weights, or serve with MOE_BACKEND_NVFP4=packed."
+                )
             self._check(name, loaded_weight, shard_id, expert_id, stacked)
         result = self.loader(
             param=param,
