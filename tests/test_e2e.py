@@ -54,7 +54,8 @@ def test_accuracy_of_every_dialect(tmp_path):
     result = run(str(EXAMPLES / "accuracy.py"), "--prompts", "300", "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     accuracy = json.loads(out.read_text())["accuracy"]
-    assert set(accuracy) == {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    packed = {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    assert set(accuracy) == packed | {"nvfp4-modelopt folded"}
     assert accuracy["bf16"] >= 97
     assert "NVFP4 dialects answer alike: True" in result.stdout
 
@@ -118,12 +119,22 @@ print("RELOADED", before == ask() == ["109", "1 3 7 9"], spoilt != before)
 """
 
 
-@pytest.mark.parametrize("dialect", ["bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"])
-def test_weights_reload_in_place(dialect, converted):
+@pytest.mark.parametrize(
+    ("dialect", "path"),
+    [
+        ("bf16", "auto"),
+        ("fp8-block", "auto"),
+        ("nvfp4-modelopt", "auto"),
+        ("nvfp4-ct", "auto"),
+        ("nvfp4-modelopt", "folded"),
+    ],
+)
+def test_weights_reload_in_place(dialect, path, converted):
     result = run(
         "-c",
         RELOAD,
         str(converted(dialect)),
+        MOE_BACKEND_NVFP4=path,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )

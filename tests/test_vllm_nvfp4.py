@@ -131,7 +131,7 @@ def test_folded_layer(dialect):
     assert layer.experts.w13_weight.dtype == torch.float8_e4m3fn
     out = layer(*inputs(problem))
     assert difference(out, folded_reference(problem)).within(REL_L2)
-    assert difference(out, problem.reference).within(0.06)  # 31 dB of the weights
+    assert difference(out, problem.reference).within(0.07, norm=0.03)
 
 
 @pytest.mark.usefixtures("folded")

@@ -165,8 +165,9 @@ def forget_packed_scales(method: Any) -> None:
 def _choose(layer: Any, config: LayerConfig, facts: ModelFacts) -> PathChoice:
     choice = nvfp4_paths.choose(config, _deployment(layer, config, facts))
     # EPLB moves experts between ranks, so no rank may keep them in another form.
-    packed = max_over_ranks(layer, torch.tensor([float(choice.path is Nvfp4Path.PACKED)]))
-    if choice.path is Nvfp4Path.FOLDED and packed.item():
+    is_packed = torch.tensor([choice.path is Nvfp4Path.PACKED], dtype=torch.int32)
+    on_any_rank = bool(max_over_ranks(layer, is_packed))
+    if choice.path is Nvfp4Path.FOLDED and on_any_rank:
         return PathChoice(Nvfp4Path.PACKED, "another rank of the expert-parallel group keeps it so")
     return choice
 

@@ -3,9 +3,10 @@
 FP8 has matrix instructions on GPUs that know nothing of NVFP4, and takes 1.78 times the memory.
 E4M3 holds an E2M1 code times an E4M3 scale to about 31 dB next to one scale per 128x128 block; the
 NVFP4 codes themselves are some 20 dB from the weights they stand for, so little is lost. Nothing is
-lost at all where the NVFP4 tensor is an MXFP4 one in disguise (`nvfp4.is_mxfp4_cast`): then a scale
-that is a power of two makes every product a code of E4M3, unless a block spans more than 16
-octaves. What was lost is measured on every weight, not assumed.
+lost at all where the NVFP4 tensor is an MXFP4 one in disguise (`nvfp4.is_mxfp4_cast`): with a block
+scale that is a power of two every value is a code of E4M3, unless a block spans more than 16
+octaves. So each matrix is tried with block scales of `amax / 448` and with powers of two, and keeps
+the closer form. What was lost is measured on every weight, not assumed.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ class FoldingCost:
     Attributes:
         snr_db: power of the NVFP4 weights over the power of the difference; inf if none changed.
         exact: matrices (gate, up or down of one expert) that kept every value.
-        casts: matrices found to be MXFP4, folded with scales that are powers of two.
         matrices: how many there are.
     """
 
     snr_db: float
     exact: int
-    casts: int
     matrices: int
 
     def __str__(self) -> str:
@@ -61,9 +60,9 @@ def fold(weights: Nvfp4Weights) -> tuple[Fp8BlockWeights, FoldingCost]:
     bn, bk = BLOCK_SHAPE
     device = weights.w13.device
     w13 = torch.empty(e, 2, i, h, dtype=torch.float8_e4m3fn, device=device)
-    s13 = torch.empty(e, 2, cdiv(i, bn), cdiv(h, bk), device=device)
+    s13 = torch.empty(e, 2, cdiv(i, bn), cdiv(h, bk), dtype=torch.float32, device=device)
     w2 = torch.empty(e, h, i, dtype=torch.float8_e4m3fn, device=device)
-    s2 = torch.empty(e, cdiv(h, bn), cdiv(i, bk), device=device)
+    s2 = torch.empty(e, cdiv(h, bn), cdiv(i, bk), dtype=torch.float32, device=device)
     p13, b13 = weights.w13.view(e, 2, i, -1), weights.w13_scale.view(e, 2, i, -1)
     found = []
     for x in range(e):
@@ -78,12 +77,11 @@ def fold(weights: Nvfp4Weights) -> tuple[Fp8BlockWeights, FoldingCost]:
         )
         found.append(cost)
     folded = Fp8BlockWeights(w13.flatten(1, 2), s13.flatten(1, 2), w2, s2, BLOCK_SHAPE)
-    power, error, cast = torch.stack(found).T.double().cpu()
+    power, error = torch.stack(found).T.double().cpu()
     total = error.sum().item()
     return folded, FoldingCost(
         snr_db=math.inf if total == 0 else 10 * math.log10(power.sum().item() / total),
         exact=int((error == 0).sum()),
-        casts=int(cast.sum()),
         matrices=len(found),
     )
 
@@ -91,22 +89,30 @@ def fold(weights: Nvfp4Weights) -> tuple[Fp8BlockWeights, FoldingCost]:
 def _fold_matrix(
     packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes `[N, K]`, block scales, and `[power, squared error, is a cast]` of one matrix."""
+    """Codes `[N, K]`, block scales, and `[power, squared error]` of one matrix."""
     values = nvfp4.dequantize(packed, scale, global_scale)
     n, k = values.shape
     bn, bk = BLOCK_SHAPE
     padded = torch.nn.functional.pad(values, (0, -k % bk, 0, -n % bn))
     amax = padded.unflatten(-1, (-1, bk)).unflatten(0, (-1, bn)).abs().amax(dim=(1, 3))
     fitting = torch.where(amax > 0, amax / E4M3FN_MAX, torch.ones_like(amax))
-    # Below fp32's normal numbers the quotient by a scale overflows.
-    fitting = fitting.clamp(min=torch.finfo(torch.float32).tiny)
-    cast = nvfp4.mxfp4_cast(scale, global_scale)
-    blocks = torch.where(cast, _power_of_two_above(fitting), fitting)
+    fitting = fitting.clamp(min=torch.finfo(torch.float32).tiny)  # else the quotient overflows
+    codes, error = _encode(values, fitting)
+    blocks = _power_of_two_above(fitting)
+    other_codes, other_error = _encode(values, blocks)
+    closer = other_error < error
+    codes = torch.where(closer, other_codes.view(torch.uint8), codes.view(torch.uint8))
+    cost = torch.stack((values.square().sum(), torch.minimum(error, other_error)))
+    return codes.view(torch.float8_e4m3fn), torch.where(closer, blocks, fitting), cost
+
+
+def _encode(values: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes with given block scales, and the squared error."""
+    n, k = values.shape
     spread = spread_scale(blocks, n, k, BLOCK_SHAPE)
     codes = (values / spread).clamp(-E4M3FN_MAX, E4M3FN_MAX).to(torch.float8_e4m3fn)
     error = dequantize_blocks(codes, blocks, BLOCK_SHAPE) - values
-    cost = torch.stack((values.square().sum(), error.square().sum(), cast.float()))
-    return codes, blocks, cost
+    return codes, error.square().sum()
 
 
 def _power_of_two_above(scale: torch.Tensor) -> torch.Tensor:

@@ -236,20 +236,15 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def is_mxfp4_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
-    """Whether NVFP4 scales carry an MXFP4 tensor bit for bit: powers of two, equal in pairs."""
-    return bool(mxfp4_cast(scale, global_scale))
+    """Whether NVFP4 scales carry an MXFP4 tensor bit for bit: powers of two, equal in pairs.
 
-
-def mxfp4_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """`is_mxfp4_cast` as a tensor `[]` on the scales' device, without reading it back.
-
-    MXFP4 has one scale for 32 values, so with an odd number of NVFP4's groups it is none.
+    MXFP4 has one scale for 32 values, so a tensor with an odd number of groups is none.
     """
     if scale.shape[-1] % 2:
-        return torch.zeros((), dtype=torch.bool, device=scale.device)
+        return False
     values = scale.float()
     # frexp rather than the mantissa bits: 2**-7 to 2**-9 are E4M3 subnormals.
     mantissa, _ = torch.frexp(values)
     global_mantissa, _ = torch.frexp(global_scale)
     powers = ((mantissa == 0.5) | (values == 0)).all() & (global_mantissa == 0.5).all()
-    return powers & (values[..., 0::2] == values[..., 1::2]).all()
+    return bool(powers & (values[..., 0::2] == values[..., 1::2]).all())

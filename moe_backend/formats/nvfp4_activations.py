@@ -24,6 +24,8 @@ from moe_backend.formats.nvfp4 import global_scale_of, quantize
 
 # Inputs of w2 vary most from token to token: from 8 on, their small blocks begin to fade.
 HEADROOM = 4.0
+# A scale of 1 stands for activations of up to 2688 (some modelopt recipes pin it): room enough.
+LARGEST_WITH_HEADROOM = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class ActivationScale:
             input_scale: decode direction, one per expert or already reduced; the MAX is taken, so
                 that no expert's activations saturate. With experts on several ranks the caller
                 reduces over those first: a token is quantised before it is known where it goes.
-            headroom: multiplies it, for activations larger than the calibration saw.
+            headroom: multiplies it, for activations larger than the calibration saw; not beyond a
+                scale of 1.
 
         Raises:
             ValueError: a scale is missing, zero, negative or not finite, or headroom is below 1.
@@ -81,7 +84,8 @@ class ActivationScale:
         if input_scale is None:
             return cls()
         expect_positive(f"{name} scale", input_scale)
-        return cls(input_scale.float().amax().reshape(1) * headroom)
+        largest = input_scale.float().amax().reshape(1)
+        return cls(torch.maximum(largest, (largest * headroom).clamp(max=LARGEST_WITH_HEADROOM)))
 
     def resolve(self, x: torch.Tensor) -> torch.Tensor:
         """The global scale for rows `x` `[rows, K]`: `[1]` or `[rows, 1]` float32."""
@@ -90,7 +94,7 @@ class ActivationScale:
         if self.per_token:
             return global_scale_of(x.float().abs().amax(-1, keepdim=True))
         if x.numel() == 0:
-            return torch.ones(1, device=x.device)
+            return torch.ones(1, dtype=torch.float32, device=x.device)
         return global_scale_of(x.float().abs().amax()).reshape(1)
 
     def quantize(self, x: torch.Tensor) -> QuantizedActivations:

@@ -185,18 +185,12 @@ def quantised_problem(case: Case = CASE) -> Problem:
     """
     problem = build(case)
     loud = torch.exp2(torch.arange(case.tokens) % 9)[:, None]
-    problem = replace(problem, x=(problem.x * loud).bfloat16())
-    w13, w2 = calibrate(problem)
-    assert isinstance(problem.weights, Nvfp4Weights)
-    weights = replace(
-        problem.weights, w13_input_scale=w13.amax()[None], w2_input_scale=w2.amax()[None]
-    )
-    problem = replace(problem, weights=weights)
+    problem = calibrated(replace(problem, x=(problem.x * loud).bfloat16()))
     scales = activation_scales(problem)
     quantisers = [Nvfp4Quantiser(s.static.item()) for s in scales if s.static is not None]
     reference = naive_experts(
         problem.x,
-        weights,
+        problem.weights,
         problem.topk_weights,
         problem.topk_ids,
         case.activation,
@@ -204,6 +198,16 @@ def quantised_problem(case: Case = CASE) -> Problem:
         activation_quant=lambda row, which: quantisers[which - 1](row),
     )
     return replace(problem, reference=reference)
+
+
+def calibrated(problem: Problem) -> Problem:
+    """The problem with the MAX of its experts' input scales in its weights."""
+    w13, w2 = calibrate(problem)
+    assert isinstance(problem.weights, Nvfp4Weights)
+    weights = replace(
+        problem.weights, w13_input_scale=w13.amax()[None], w2_input_scale=w2.amax()[None]
+    )
+    return replace(problem, weights=weights)
 
 
 def activation_scales(problem: Problem) -> tuple[ActivationScale, ActivationScale]:
