@@ -80,7 +80,7 @@ def test_a_sound_checkpoint(dialect, converted, capsys):
     out = capsys.readouterr().out
     assert "4 MoE layers of 8 experts" in out
     assert "32 experts, all share one global scale" in out
-    assert "activations up to 2688 were calibrated for" in out
+    assert "saturates beyond activations of 2688, headroom included" in out
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -9,6 +9,7 @@ Reads headers and small scales, and the block scales of a few experts.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from moe_backend.checkpoint.dialects import Dialect, read_quantisation
 from moe_backend.checkpoint.layout import DOWN, GATE, UP, ExpertModule, MoeLayer, find_moe_layers
 from moe_backend.checkpoint.reader import Checkpoint
 from moe_backend.formats.nvfp4 import E2M1_MAX, E4M3_MAX, is_mxfp4_cast
+from moe_backend.formats.nvfp4_activations import ActivationScale
 
 # Scales that differ by less are one scale that two tools rounded differently.
 SAME = 1e-5
@@ -56,6 +58,8 @@ class InputScales:
         mean_loss: largest over mean within a layer, the worst layer's: how many times a mean over
             the experts is too small for the loudest of them.
         worst_layer: where.
+        reach: the largest activation that does not saturate, of the layer where it is smallest,
+            with the headroom that `ActivationScale` adds.
         missing: experts' projections without one; bad: not finite or not positive.
     """
 
@@ -63,6 +67,7 @@ class InputScales:
     layer_spread: float = 1.0
     mean_loss: float = 1.0
     worst_layer: str = ""
+    reach: float = math.inf
     missing: int = 0
     bad: int = 0
 
@@ -227,6 +232,9 @@ class _LayerScales:
             if not len(good):
                 continue
             scales.setdefault(name, []).append(good)
+            static = ActivationScale.from_checkpoint(good).static
+            assert static is not None
+            summary.reach = min(summary.reach, FULL_RANGE * static.item())
             loss = (good.max() / good.mean()).item()
             if loss >= summary.mean_loss:
                 summary.mean_loss, summary.worst_layer = loss, self.layer.block

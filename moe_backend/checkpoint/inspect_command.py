@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moe_backend.checkpoint.inspect import FULL_RANGE, Report, inspect
-from moe_backend.formats.nvfp4_activations import HEADROOM
+from moe_backend.checkpoint.inspect import Report, inspect
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +57,8 @@ def lines(report: Report) -> list[str]:
                 f"{s.median:.3g}; within a layer up to {found.layer_spread:.3g} times apart"
             )
             out.append(
-                f"{'':<16} activations up to {FULL_RANGE * s.largest:.4g} were calibrated for; "
-                f"block scales saturate beyond {HEADROOM:g} times the layer's largest"
+                f"{'':<16} a W4A4 kernel saturates beyond activations of {found.reach:.4g}, "
+                "headroom included"
             )
     if report.sampled:
         out.append(
