@@ -240,3 +240,38 @@ def test_missing_scale(converted, tmp_path):
     del tensors[name]
     save_file(tensors, folder / "model.safetensors")
     assert name in serve_error(folder)
+
+
+NATIVE = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import tasks
+from nvfp4_vllm_op import model_op
+from moe_backend.kernels import registry
+from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
+registry.kernels = lambda: [Nvfp4NativeKernel(model_op)]
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], moe_backend="blockscale", max_model_len=256, enforce_eager=True)
+samples = tasks.held_out(100)
+sampling = SamplingParams(temperature=0, max_tokens=32)
+outputs = llm.generate([prompt for _, prompt, _ in samples], sampling, use_tqdm=False)
+right = sum(tasks.check(s[1], o.outputs[0].text) for s, o in zip(samples, outputs))
+print("RIGHT", right)
+"""
+
+
+def test_w4a4_answers_like_bf16(converted):
+    """Weights and activations in NVFP4, with a model of the GEMM that a CPU has not."""
+    result = run(
+        "-c",
+        NATIVE,
+        str(converted("nvfp4-modelopt")),
+        str(Path(__file__).parent),
+        str(EXAMPLES / "tiny_step"),
+        MOE_BACKEND_KERNEL="nvfp4_native",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    found = re.search(r"RIGHT (\d+)", result.stdout)
+    assert found, result.stdout + result.stderr[-2000:]
+    assert "kernel=nvfp4_native activations=nvfp4" in result.stdout + result.stderr
+    assert int(found[1]) >= 97

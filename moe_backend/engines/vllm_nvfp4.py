@@ -84,7 +84,13 @@ def _input_scales(
         values = getattr(layer, f"{stem}_{name}").data.float()
         values = 1.0 / values if inverse else values
         found.append(max_over_ranks(layer, values.amax().reshape(1)))
-    return found[0], found[1]
+    # A captured graph reads the scales where they were: a reload writes into the same memory.
+    held = getattr(layer, "moe_backend_input_scales", None)
+    if held is None:
+        layer.moe_backend_input_scales = held = tuple(found)
+    for kept, new in zip(held, found, strict=True):
+        kept.copy_(new)
+    return held  # type: ignore[no-any-return]
 
 
 def _expect_scales(layer: Any, name: str) -> None:

@@ -84,8 +84,14 @@ class ActivationScale:
         if input_scale is None:
             return cls()
         expect_positive(f"{name} scale", input_scale)
-        largest = input_scale.float().amax().reshape(1)
-        return cls(torch.maximum(largest, (largest * headroom).clamp(max=LARGEST_WITH_HEADROOM)))
+        return cls(with_headroom(input_scale.float().amax().reshape(1), headroom))
+
+    @classmethod
+    def from_engine(cls, input_scale: torch.Tensor | None) -> ActivationScale:
+        """`from_checkpoint` of a scale that was reduced and validated at load; no host read."""
+        if input_scale is None:
+            return cls()
+        return cls(with_headroom(input_scale))
 
     def resolve(self, x: torch.Tensor) -> torch.Tensor:
         """The global scale for rows `x` `[rows, K]`: `[1]` or `[rows, 1]` float32."""
@@ -102,3 +108,8 @@ class ActivationScale:
         scale = self.resolve(x)
         packed, blocks = quantize(x, scale)
         return QuantizedActivations(packed, blocks, scale)
+
+
+def with_headroom(scale: torch.Tensor, headroom: float = HEADROOM) -> torch.Tensor:
+    """`scale * headroom`, but not beyond 1, where there is room enough already."""
+    return torch.maximum(scale, (scale * headroom).clamp(max=LARGEST_WITH_HEADROOM))

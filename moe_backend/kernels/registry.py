@@ -118,11 +118,13 @@ class Selection:
 
 def kernels() -> list[Kernel]:
     """All kernels, the preferred first."""
+    from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
     from moe_backend.kernels.reference import ReferenceKernel
     from moe_backend.kernels.triton.kernel import TritonKernel
     from moe_backend.kernels.vllm_cpu import VllmCpuKernel
 
-    return [TritonKernel(), VllmCpuKernel(), ReferenceKernel()]
+    # The reference refuses nothing: what follows it runs only when asked for by name.
+    return [TritonKernel(), VllmCpuKernel(), ReferenceKernel(), Nvfp4NativeKernel()]
 
 
 def kernel_named(name: str) -> Kernel:

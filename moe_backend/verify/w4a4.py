@@ -135,7 +135,7 @@ def w4a4_experts(
     plan = plan_routing(problem.topk_ids, w.num_experts, problem.expert_map)
     offsets = EndOffsets(plan.expert_offsets)
     kept = int(plan.expert_offsets[-1])
-    expert = torch.searchsorted(plan.expert_offsets, torch.arange(kept), right=True)
+    expert = torch.searchsorted(plan.expert_offsets.long(), torch.arange(kept), right=True)
     token = plan.slots // top_k
 
     def gemm(

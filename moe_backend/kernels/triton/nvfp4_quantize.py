@@ -1,16 +1,15 @@
 """Routed activations in NVFP4, ready for a grouped GEMM: one kernel, no host read.
 
-The plain form of the same is `plan_routing`, `ActivationScale.quantize` and `assemble_scales`.
+The plain form is in `kernels/nvfp4_rows.py`, which calls this one on a GPU.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from moe_backend.formats.nvfp4 import GROUP
 from moe_backend.formats.nvfp4_activations import ActivationScale
+from moe_backend.kernels.nvfp4_rows import GroupedActivations
 from moe_backend.layout.blocked_scales import padded_columns
 from moe_backend.layout.offsets import EndOffsets
 from moe_backend.layout.routing import RoutingPlan
@@ -18,25 +17,6 @@ from moe_backend.layout.scale_assembly import GroupedScales, empty_grouped_scale
 
 # 16 rows of 256 columns a program: 8 KiB of bf16, and whole 16-byte pieces of the scale blocks.
 BLOCK_M, BLOCK_K = 16, 256
-
-
-@dataclass(frozen=True)
-class GroupedActivations:
-    """Rows of the sorted slots in NVFP4.
-
-    Attributes:
-        packed: `[slots, K/2]` uint8; rows of dropped slots, at the end, hold anything.
-        scales: their block scales in 128x4 blocks.
-        global_scale: `[1]`, or `[slots, 1]` per token; float32, decode direction.
-    """
-
-    packed: torch.Tensor
-    scales: GroupedScales
-    global_scale: torch.Tensor
-
-    def factor(self, weight_global_scale: torch.Tensor) -> torch.Tensor:
-        """What the sums of a GEMM over these rows and unscaled weights are multiplied by."""
-        return self.global_scale * weight_global_scale
 
 
 def quantize_routed(
