@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
+from nvfp4_integers import integers
 from nvfp4_routings import check_against_loop
 from nvfp4_triton import SCALES, check
 
 from moe_backend.formats.nvfp4_activations import ActivationScale
+from moe_backend.kernels.nvfp4_gemm import grouped_gemm
+from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
+from moe_backend.kernels.nvfp4_rows import GroupedActivations
+from moe_backend.kernels.triton.nvfp4_gemm import grouped_gemm_op
 from moe_backend.kernels.triton.nvfp4_quantize import quantize_routed
+from moe_backend.layout.blocked_scales import BlockedScales
 from moe_backend.layout.offsets import EndOffsets
 from moe_backend.layout.routing import plan_routing
-from moe_backend.layout.scale_assembly import assemble_scales
+from moe_backend.layout.scale_assembly import GroupedScales, assemble_scales
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.w4a4 import CASE, quantised_problem
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -79,3 +90,72 @@ def test_graph_replays_with_other_routings(tokens, experts, top_k, scale, fused)
         assert torch.equal(packed[:kept], quantised.packed[plan.slots[:kept]])
         byte = quantised.scale.view(torch.uint8).cpu()
         check_against_loop(scales.data.cpu(), routing, experts, byte)
+
+
+# --- The grouped GEMM; on Hopper Triton decodes what Blackwell takes as it is ---------------------
+
+
+@pytest.mark.parametrize("scaled_dot", [True, False])
+@pytest.mark.parametrize("seed", range(24))
+def test_grouped_gemm_is_exact_on_integers(seed, scaled_dot):
+    k, n = (64, 128, 192)[seed % 3], (128, 256)[seed // 3 % 2]
+    rows, weight, scales, alpha, expected = integers(seed, k, n)
+    s = rows.scales
+    moved = GroupedActivations(
+        rows.packed.cuda(),
+        GroupedScales(s.data.cuda(), EndOffsets(s.offsets.tensor.cuda()), s.columns),
+        rows.global_scale.cuda(),
+    )
+    blocks = BlockedScales(scales.data.cuda(), scales.rows, scales.columns)
+    op = partial(grouped_gemm_op, scaled_dot=scaled_dot)
+    out = grouped_gemm(moved, weight.cuda(), blocks, alpha.cuda(), op)
+    kept = int(s.offsets.tensor[-1])
+    assert torch.equal(out[:kept].float().cpu(), expected[:kept])
+
+
+NATIVE_CASES = [
+    CASE,
+    replace(CASE, layout="ep"),
+    replace(CASE, layout="dropped", tokens=200, num_experts=4),
+    replace(CASE, tokens=1),
+]
+
+
+def native(case):
+    """`(kernel, problem, prepared tensors and inputs on the GPU)`."""
+    p = quantised_problem(case)
+    kernel = Nvfp4NativeKernel(grouped_gemm_op)
+    tensors = [t.cuda() for t in kernel.prepare(p.weights)]
+    expert_map = None if p.expert_map is None else p.expert_map.cuda()
+    given = [p.x.cuda(), p.topk_weights.cuda(), p.topk_ids.cuda(), expert_map]
+    return kernel, p, tensors, given
+
+
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda c: c.name)
+def test_native_kernel_computes_the_quantised_experts(case):
+    kernel, p, tensors, given = native(case)
+    out = kernel.apply(p.layer, tensors, *given)
+    assert difference(out, p.reference).within(0.05, norm=0.01)
+    assert torch.equal(kernel.apply(p.layer, tensors, *given), out)
+
+
+def test_native_kernel_in_a_graph_with_other_routings():
+    kernel, p, tensors, given = native(CASE)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kernel.apply(p.layer, tensors, *given)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.apply(p.layer, tensors, *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel.apply(p.layer, tensors, *given)
+    for routing in routings(CASE.tokens, CASE.num_experts, CASE.top_k):
+        given[2].copy_(routing)
+        graph.replay()
+        replayed = out.clone()
+        assert torch.equal(replayed, kernel.apply(p.layer, tensors, *given))
+        assert replayed.isfinite().all()

@@ -9,20 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvfp4_routings import random_routing
+from nvfp4_integers import integers
 from nvfp4_vllm_op import model_op
 
-from moe_backend.formats import nvfp4
 from moe_backend.formats.nvfp4_activations import ActivationScale
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels import nvfp4_gemm, registry
 from moe_backend.kernels.nvfp4_gemm import grouped_gemm
 from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel, pad_experts
-from moe_backend.kernels.nvfp4_rows import GroupedActivations, quantize_rows
-from moe_backend.layout.blocked_scales import BlockedScales
-from moe_backend.layout.offsets import EndOffsets
+from moe_backend.kernels.nvfp4_rows import quantize_rows
 from moe_backend.layout.routing import plan_routing
-from moe_backend.layout.scale_assembly import assemble_scales
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.w4a4 import CASE, quantised_problem
@@ -31,32 +27,6 @@ KERNEL = Nvfp4NativeKernel(model_op)
 
 
 # --- The adapter ----------------------------------------------------------------------------------
-
-
-def integers(seed, k=192, n=128):
-    """A routing, rows and weights for which every sum is an integer that bf16 holds."""
-    ids, experts, _ = random_routing(seed)
-    g = torch.Generator().manual_seed(seed)
-
-    def operand(*shape):
-        value = torch.randint(-1, 2, shape, generator=g).float()
-        value *= torch.rand(shape, generator=g) < 0.2
-        scale = torch.randint(1, 3, (*shape[:-1], shape[-1] // 16), generator=g).float()
-        decoded = value * scale.repeat_interleave(16, -1)
-        return nvfp4.pack(nvfp4.encode_e2m1(value)), scale.to(torch.float8_e4m3fn), decoded
-
-    packed, scale, rows = operand(ids.numel(), k)
-    weight, weight_scale, w = operand(experts, n, k)
-    plan = plan_routing(ids, experts)
-    offsets = EndOffsets(plan.expert_offsets)
-    grouped = GroupedActivations(packed, assemble_scales(scale, offsets), torch.ones(1))
-    alpha = torch.exp2(torch.randint(-1, 2, (experts,), generator=g).float())
-    expected = torch.full((len(rows), n), torch.nan)
-    start = 0
-    for e, end in enumerate(offsets.tensor.tolist()):
-        expected[start:end] = alpha[e] * (rows[start:end] @ w[e].T)
-        start = end
-    return grouped, weight, BlockedScales.of(weight_scale), alpha, expected
 
 
 @pytest.mark.parametrize("seed", range(40))

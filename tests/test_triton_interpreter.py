@@ -76,3 +76,18 @@ def test_fused_quantisation_over_random_routings():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == ["1000"]
+
+
+@pytest.mark.slow
+def test_grouped_nvfp4_gemm_on_integers():
+    """Addresses of rows, codes and blocked scales; scaled dots are not interpreted."""
+    script = Path(__file__).with_name("nvfp4_triton_gemm.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "48"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["48"]

@@ -33,10 +33,14 @@ N_MULTIPLE = BLOCK_ROWS
 VllmOp = Callable[..., None]
 
 
-def vllm_op() -> VllmOp | None:
-    """vLLM's op, or None where its extension has none."""
+def installed_op() -> VllmOp:
+    """vLLM's op, or ours in Triton where vLLM's extension has none (another engine, or none)."""
     namespace = torch.ops._C
-    return namespace.cutlass_fp4_group_mm if hasattr(namespace, "cutlass_fp4_group_mm") else None
+    if hasattr(namespace, "cutlass_fp4_group_mm"):
+        return namespace.cutlass_fp4_group_mm  # type: ignore[no-any-return]
+    from moe_backend.kernels.triton.nvfp4_gemm import grouped_gemm_op
+
+    return grouped_gemm_op
 
 
 def grouped_gemm(

@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from moe_backend.formats import Nvfp4Weights, Weights
 from moe_backend.formats.nvfp4 import GROUP
 from moe_backend.formats.nvfp4_activations import ActivationScale
-from moe_backend.kernels.nvfp4_gemm import K_MULTIPLE, N_MULTIPLE, VllmOp, grouped_gemm, vllm_op
+from moe_backend.kernels.nvfp4_gemm import (
+    K_MULTIPLE,
+    N_MULTIPLE,
+    VllmOp,
+    grouped_gemm,
+    installed_op,
+)
 from moe_backend.kernels.nvfp4_rows import quantize_rows
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.layout.blocked_scales import BlockedScales
@@ -50,8 +56,6 @@ class Nvfp4NativeKernel:
             return "it runs on Blackwell GPUs only"
         if torch.cuda.get_device_capability()[0] != 10:
             return "it runs on GPUs of compute capability 10 only"
-        if vllm_op() is None:
-            return "vLLM's cutlass_fp4_group_mm is not loaded"
         return None
 
     def preference(self, layer: LayerConfig) -> str:
@@ -88,8 +92,7 @@ class Nvfp4NativeKernel:
     ) -> torch.Tensor:
         present: list[torch.Tensor] = [t for t in tensors if t is not None]
         w13, s13, g13, w2, s2, g2, input13, input2 = present
-        op = self.op or vllm_op()
-        assert op is not None
+        op = self.op or installed_op()
         top_k = topk_ids.shape[1]
         hidden_size, padded_i = 2 * w13.shape[2], 2 * w2.shape[2]
         plan = plan_routing(topk_ids, len(w13), expert_map)

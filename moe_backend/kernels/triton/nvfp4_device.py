@@ -1,8 +1,9 @@
-"""Device code: gather, quantise to NVFP4 and scatter the scales into 128x4 blocks, in one pass.
+"""Device code of NVFP4 activations: quantisation with placement, and a grouped GEMM.
 
-Arithmetic is spelled out where hardware and compilers differ: division is correctly rounded, E4M3
-is rounded to nearest even on the bits of fp32. The result equals `formats.nvfp4.quantize` bit for
-bit, on a GPU and in Triton's interpreter.
+`quantize_kernel` gathers rows, quantises them and scatters their scales into 128x4 blocks in one
+pass. Arithmetic is spelled out where hardware and compilers differ: division is correctly rounded,
+E4M3 is rounded to nearest even on the bits of fp32. The result equals `formats.nvfp4.quantize` bit
+for bit, on a GPU and in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -108,3 +109,88 @@ def quantize_kernel(
     place = first[:, None] + (group // 4 * 512 + group % 4)[None, :]
     code = tl.where((group < K // 16)[None, :], code, 0)
     tl.store(scales + place, code.to(tl.uint8), mask=kept[:, None] & (group < columns)[None, :])
+
+
+@triton.jit
+def _blocked_scales(base, BLOCKS_K: tl.constexpr):
+    """`[128, 4 * BLOCKS_K]` scales of 128 rows, from BLOCKS_K neighbouring 128x4 blocks."""
+    flat = tl.load(base + tl.arange(0, BLOCKS_K * 512))
+    blocks = tl.reshape(flat, (BLOCKS_K, 32, 4, 4))  # block, row % 32, row // 32, column
+    return tl.reshape(tl.permute(blocks, (2, 1, 0, 3)), (128, BLOCKS_K * 4))
+
+
+@triton.jit
+def _decoded(codes, scales, BLOCK_K: tl.constexpr):
+    """fp32 `[128, BLOCK_K]` of packed codes `[128, BLOCK_K / 2]` times their scales."""
+    code = tl.interleave(codes & 15, codes >> 4).to(tl.int32)  # the even column is the low nibble
+    size = code & 7
+    # Twice the value: 0 1 2 3 4 6 8 12.
+    doubled = tl.where(size < 4, size, tl.where(size < 6, 2 * size - 4, 4 * size - 16))
+    value = tl.where(code >= 8, -0.5, 0.5) * doubled.to(tl.float32)
+    spread = tl.broadcast_to(scales.to(tl.float32)[:, :, None], (128, BLOCK_K // 16, 16))
+    return value * tl.reshape(spread, (128, BLOCK_K))
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    out,
+    a,
+    b,
+    a_scales,
+    b_scales,
+    alphas,
+    sizes,
+    starts,
+    scale_starts,
+    N,
+    K,
+    EXPERTS: tl.constexpr,
+    EXPERTS_POWER: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALED_DOT: tl.constexpr,
+):
+    """`alpha[e] * A @ B[e].T` of one expert's 128 rows and 128 columns; both operands NVFP4.
+
+    Arguments as in `nvfp4_gemm.grouped_gemm`. The number of programs has a bound that depends on
+    shapes alone; those beyond the last tile return. SCALED_DOT takes the block-scaled matrix
+    instruction (on sm_100 `tcgen05.mma ... mxf4nvf4.block_scale.block16`); without it operands are
+    decoded to fp32 first, which is how Triton's interpreter can run this: its own scaled dot is
+    wrong for E4M3 scales (3.9.0).
+    """
+    tile = tl.program_id(0)
+    expert_ids = tl.arange(0, EXPERTS_POWER)
+    counts = tl.load(sizes + 3 * expert_ids, mask=expert_ids < EXPERTS, other=0)
+    tile_ends = tl.cumsum((counts + 127) // 128, axis=0)
+    before = tile_ends <= tile
+    expert = tl.sum(before.to(tl.int32), axis=0)
+    if expert >= EXPERTS:
+        return
+    row_block = tile - tl.max(tl.where(before, tile_ends, 0), axis=0)
+    count = tl.load(sizes + 3 * expert)
+    row = row_block * 128 + tl.arange(0, 128)
+    slot = (tl.load(starts + expert) + row).to(tl.int64)
+    column_block = tl.program_id(1)
+    column = column_block * 128 + tl.arange(0, 128)
+    e = expert.to(tl.int64)
+
+    # Blocks of 128 rows follow each other, K / 64 blocks of scales in each.
+    first = (tl.load(scale_starts + expert) // 128 + row_block).to(tl.int64)
+    a_scale = a_scales + first * (K // 64) * 512
+    b_scale = b_scales + (e * (N // 128) + column_block) * (K // 64) * 512
+    acc = tl.zeros((128, 128), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        byte = k // 2 + tl.arange(0, BLOCK_K // 2)
+        a_tile = tl.load(
+            a + slot[:, None] * (K // 2) + byte[None, :], mask=(row < count)[:, None], other=0
+        )
+        b_tile = tl.load(b + (e * N + column[:, None]) * (K // 2) + byte[None, :])
+        sa = _blocked_scales(a_scale + k // 64 * 512, BLOCK_K // 64)
+        sb = _blocked_scales(b_scale + k // 64 * 512, BLOCK_K // 64)
+        if SCALED_DOT:
+            acc = tl.dot_scaled(a_tile, sa, "e2m1", tl.trans(b_tile), sb, "e2m1", acc)
+        else:
+            x, w = _decoded(a_tile, sa, BLOCK_K), _decoded(b_tile, sb, BLOCK_K)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    acc *= tl.load(alphas + expert)
+    where = out + slot[:, None] * N + column[None, :]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=(row < count)[:, None])
