@@ -28,8 +28,9 @@ KERNEL = Variable(
 NVFP4 = Variable(
     "MOE_BACKEND_NVFP4",
     "how NVFP4 experts are kept: packed (4 bits, as in the checkpoint), folded (converted to FP8 "
-    "128x128 while loading), or auto",
-    "auto: folded on a GPU where its memory fits and steps bring many tokens per expert",
+    "128x128 while loading), unpacked (converted to the activations' dtype), or auto",
+    "auto: on a GPU folded where its memory fits and steps bring many tokens per expert, on a CPU "
+    "unpacked where a quarter of the free memory is enough, else packed",
 )
 
 ALL_REDUCE = Variable(

@@ -54,8 +54,8 @@ def test_accuracy_of_every_dialect(tmp_path):
     result = run(str(EXAMPLES / "accuracy.py"), "--prompts", "300", "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     accuracy = json.loads(out.read_text())["accuracy"]
-    packed = {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
-    assert set(accuracy) == packed | {"nvfp4-modelopt folded"}
+    dialects = {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    assert set(accuracy) == dialects | {"nvfp4-modelopt packed", "nvfp4-modelopt folded"}
     assert accuracy["bf16"] >= 97
     assert "NVFP4 dialects answer alike: True" in result.stdout
 
@@ -125,7 +125,7 @@ print("RELOADED", before == ask() == ["109", "1 3 7 9"], spoilt != before)
         ("bf16", "auto"),
         ("fp8-block", "auto"),
         ("nvfp4-modelopt", "auto"),
-        ("nvfp4-ct", "auto"),
+        ("nvfp4-ct", "packed"),
         ("nvfp4-modelopt", "folded"),
     ],
 )

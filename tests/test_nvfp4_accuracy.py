@@ -75,6 +75,11 @@ def test_w4a16_is_exact_decode(kernel):
     assert abs(through(Nvfp4Path.PACKED, kernel) - exact_decode()) < 0.1
 
 
+@pytest.mark.parametrize("kernel", able("bf16"), ids=lambda k: k.name)
+def test_unpacked_is_exact_decode(kernel):
+    assert abs(through(Nvfp4Path.UNPACKED, kernel) - exact_decode()) < 0.1
+
+
 @pytest.mark.parametrize("kernel", able("fp8_block"), ids=lambda k: k.name)
 def test_folded_loses_less_than_1_db(kernel):
     assert through(Nvfp4Path.FOLDED, kernel) > exact_decode() - 1

@@ -34,6 +34,7 @@ MANY = 288 // 8 * CROSSOVER_TOKENS_PER_EXPERT  # tokens that bring each expert t
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch):
     monkeypatch.delenv("MOE_BACKEND_NVFP4", raising=False)
+    monkeypatch.delenv("MOE_BACKEND_KERNEL", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,25 @@ def test_the_variable_overrides(path, tokens, monkeypatch):
     choice = choose(LAYER, Deployment(tokens, 10**12))
     assert choice.path == path
     assert choice.reason == "MOE_BACKEND_NVFP4 is set"
+
+
+@pytest.mark.parametrize(
+    ("free", "path", "reason"),
+    [
+        (10**13, "unpacked", "a CPU decodes slowly, and 31.8 GiB fit"),
+        (10**9, "packed", "unpacked weights take 31.8 GiB more and the room for it is 0.9 GiB"),
+        (None, "packed", "the room for it is unknown"),
+    ],
+)
+def test_a_cpu_unpacks_where_there_is_room(free, path, reason):
+    choice = choose(replace(LAYER, device="cpu"), Deployment(1, free, 42))
+    assert choice.path == path
+    assert reason in choice.reason
+
+
+def test_the_native_kernel_takes_packed_weights(monkeypatch):
+    monkeypatch.setenv("MOE_BACKEND_KERNEL", "nvfp4_native")
+    assert choose(LAYER, Deployment(MANY, 10**12)).path == "packed"
 
 
 def test_auto_is_the_default(monkeypatch):

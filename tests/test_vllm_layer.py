@@ -17,6 +17,12 @@ from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import REL_L2
 
 
+@pytest.fixture(autouse=True)
+def _packed(monkeypatch):
+    """NVFP4 as it is in the checkpoint; the other paths are in test_vllm_nvfp4.py."""
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", "packed")
+
+
 def case_of(dialect, activation=ACTIVATIONS[1]):
     return Case(format_of(dialect), activation, intermediate_size=384)
 

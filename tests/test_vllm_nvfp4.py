@@ -13,7 +13,6 @@ pytestmark = pytest.mark.usefixtures("vllm_world")
 
 from vllm_layers import NVFP4_DIALECTS, checkpoint_tensors, make_layer, quant_config
 
-from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.folding import fold
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
@@ -39,6 +38,11 @@ def folded(monkeypatch):
     monkeypatch.setenv("MOE_BACKEND_NVFP4", "folded")
 
 
+@pytest.fixture
+def packed(monkeypatch):
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", "packed")
+
+
 # --- Activation scales ----------------------------------------------------------------------------
 
 
@@ -47,6 +51,7 @@ def scales_of(layer):
     return layer.experts.quant_method.moe_kernel.fused_experts.read_tensors()[6:8]
 
 
+@pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dialect", ["nvfp4_modelopt", "nvfp4_ct"])
 def test_activation_scales_are_the_maximum_over_experts(dialect):
     problem = build(CASE)
@@ -62,6 +67,7 @@ def test_activation_scales_are_the_maximum_over_experts(dialect):
     assert w2.tolist() == [2.0**6]
 
 
+@pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dialect", ["nvfp4_modelopt_a16", "nvfp4_ct_a16"])
 def test_weight_only_layers_have_no_activation_scales(dialect):
     layer = loaded(build(CASE), dialect)
@@ -94,6 +100,7 @@ def test_modelopt_groups_without_activations_are_weight_only():
     assert difference(layer(*inputs(problem)), problem.reference).within(REL_L2)
 
 
+@pytest.mark.usefixtures("packed")
 def test_weight_only_layer_ignores_a_stray_activation_scale():
     """modelopt leaves `input_scale` in some W4A16 checkpoints."""
     problem = build(CASE)
@@ -107,17 +114,20 @@ def test_weight_only_layer_ignores_a_stray_activation_scale():
 # --- Folded ---------------------------------------------------------------------------------------
 
 
-def folded_reference(problem):
-    """Float64 answer of the folded weights."""
-    weights, _ = fold(problem.weights)
+def reference(problem, weights=None):
+    """Float64 answer of the problem's weights, or of others."""
     return naive_experts(
         problem.x,
-        weights,
+        weights or problem.weights,
         problem.topk_weights,
         problem.topk_ids,
         problem.case.activation,
         problem.expert_map,
     )
+
+
+def folded_reference(problem):
+    return reference(problem, fold(problem.weights)[0])
 
 
 @pytest.mark.usefixtures("folded")
@@ -146,9 +156,13 @@ def test_folding_drops_the_packed_weights():
     assert (quantised.w1_scale, quantised.w2_scale) == (None, None)
 
 
-@pytest.mark.usefixtures("folded")
-def test_folded_experts_moved_in_place_are_read_in_place():
+CONVERTED = ("folded", "unpacked")
+
+
+@pytest.mark.parametrize("path", CONVERTED)
+def test_converted_experts_moved_in_place_are_read_in_place(path, monkeypatch):
     """EPLB swaps experts inside the parameters, their FP8 scales included."""
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", path)
     problem = build(CASE)
     layer = loaded(problem, "nvfp4_modelopt")
     before = layer(*inputs(problem))
@@ -161,9 +175,9 @@ def test_folded_experts_moved_in_place_are_read_in_place():
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
 
-@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("path", CONVERTED)
 @pytest.mark.parametrize("dialect", ["nvfp4_modelopt", "nvfp4_ct"])
-def test_reload_into_folded_layers(dialect):
+def test_reload_into_converted_layers(dialect, path, monkeypatch):
     """vLLM's reload: parameters as created, loaded and folded again, copied in place."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.layerwise import (
@@ -172,6 +186,7 @@ def test_reload_into_folded_layers(dialect):
         record_metadata_for_reloading,
     )
 
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", path)
     first, second = build(CASE), build(CASE, seed=1)
     layer = make_layer(first, dialect)
     record_metadata_for_reloading(layer.experts)
@@ -187,7 +202,8 @@ def test_reload_into_folded_layers(dialect):
     problem = replace(first, weights=second.weights)
     after = layer(*inputs(first))
     assert not torch.equal(after, before)
-    assert difference(after, folded_reference(problem)).within(REL_L2)
+    expected = folded_reference(problem) if path == "folded" else reference(problem)
+    assert difference(after, expected).within(REL_L2)
 
 
 @pytest.mark.usefixtures("folded")
@@ -201,7 +217,7 @@ def test_loading_into_folded_parameters_is_refused(name):
         for n, shard, e, t in checkpoint_tensors(problem.weights, "nvfp4_modelopt")
         if n == name and e == 2 and shard in ("w1", "w2")
     )
-    with pytest.raises(ValueError, match=rf"{name}: these experts were folded .*=packed"):
+    with pytest.raises(ValueError, match=rf"{name}: these experts were converted .*=packed"):
         layer.load_one(name, tensor[0], 2, tensor[1])
 
 
@@ -215,15 +231,60 @@ def test_cost_of_folding_is_logged_once(caplog):
     assert "weights within 3" in record.message
 
 
-def test_packed_is_what_a_cpu_gets_and_the_log_says_why():
+# --- Unpacked -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", NVFP4_DIALECTS)
+def test_a_cpu_unpacks_where_memory_allows(dialect):
+    problem = build(CASE)
+    layer = loaded(problem, dialect)
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    assert fused.layer.format == "bf16"
+    assert "nvfp4=unpacked (a CPU decodes slowly, and 0.0 GiB fit)" in fused.describe()
+    assert layer.experts.w13_weight.dtype == torch.bfloat16
+    assert layer.experts.w13_weight_scale is None
+    assert difference(layer(*inputs(problem)), problem.reference).within(REL_L2)
+
+
+def test_a_cpu_without_room_keeps_them_packed(monkeypatch):
+    from moe_backend.engines import vllm_nvfp4
+
+    monkeypatch.setattr(vllm_nvfp4, "available_memory", lambda: 4000)
     layer = loaded(build(CASE), "nvfp4_modelopt")
     fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
-    assert "nvfp4=packed (on a CPU both decode to bf16" in fused.describe()
+    assert "nvfp4=packed (unpacked weights take 0.0 GiB more and the room for it" in (
+        fused.describe()
+    )
+    assert layer.experts.w13_weight.dtype == torch.uint8
+
+
+def test_available_memory_is_what_the_machine_says():
+    from moe_backend.engines.vllm_nvfp4 import available_memory
+
+    found = available_memory()
+    assert found is None or 2**20 < found < 2**50
+
+
+def test_plain_silu_takes_the_fast_cpu_kernel():
+    """Unpacked experts are bf16 ones to the registry, and vLLM's op is the faster one for those."""
+    from moe_backend.engines.vllm import load_kernels
+
+    load_kernels()
+    problem = build(replace(CASE, activation=ACTIVATIONS[0]))
+    layer = loaded(problem, "nvfp4_modelopt")
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    if not hasattr(torch.ops._C, "prepack_moe_weight"):
+        pytest.skip("this vLLM has no compiled code")
+    assert fused.selection.kernel.name == "vllm_cpu"
+    assert difference(layer(*inputs(problem)), problem.reference).within(REL_L2)
+
+
+# --- The choice -----------------------------------------------------------------------------------
 
 
 def test_unknown_path_is_refused(monkeypatch):
-    monkeypatch.setenv("MOE_BACKEND_NVFP4", "unpacked")
-    with pytest.raises(ValueError, match="'unpacked' is unknown; accepted: auto, packed, folded"):
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", "halved")
+    with pytest.raises(ValueError, match="'halved' is unknown; accepted: auto, packed, folded, un"):
         loaded(build(CASE), "nvfp4_modelopt")
 
 
@@ -254,6 +315,28 @@ def test_ranks_agree_on_the_path(monkeypatch):
     assert layer.experts.w13_weight.dtype == torch.uint8
 
 
-def test_folded_weights_are_canonical_fp8():
-    weights, _ = fold(build(CASE).weights)
-    assert isinstance(weights, Fp8BlockWeights)
+# --- Native ---------------------------------------------------------------------------------------
+
+
+def test_native_layer_through_vllm(monkeypatch):
+    """Padded weights and blocked scales take the parameters' place; EPLB and reload see them."""
+    from nvfp4_vllm_op import model_op
+
+    from moe_backend.kernels import registry
+    from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
+
+    monkeypatch.setattr(registry, "kernels", lambda: [Nvfp4NativeKernel(model_op)])
+    monkeypatch.setenv("MOE_BACKEND_KERNEL", "nvfp4_native")
+    problem = build(replace(CASE, intermediate_size=160))
+    layer = loaded(problem, "nvfp4_modelopt")
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    assert "kernel=nvfp4_native activations=nvfp4" in fused.describe()
+    assert layer.experts.w2_weight.shape == (8, 128, 96)  # 160 columns padded to 192
+    before = layer(*inputs(problem))
+    assert difference(before, problem.reference).within(0.35, norm=0.05)
+    for weight in layer.experts.get_expert_weights():
+        weight[[0, 1]] = weight[[1, 0]]
+    swapped = problem.topk_ids.clone()
+    swapped[problem.topk_ids == 0] = 1
+    swapped[problem.topk_ids == 1] = 0
+    assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)

@@ -114,7 +114,7 @@ class LoadRecord:
         if name in self.expected:
             if param.dtype != self.created[name]:
                 raise ValueError(
-                    f"{self.layer.layer_name}.{name}: these experts were folded from NVFP4 to FP8 "
+                    f"{self.layer.layer_name}.{name}: these experts were converted from NVFP4 "
                     "when they were loaded, and the checkpoint's tensors no longer fit. Reload "
                     "with vLLM's reload_weights, or serve with MOE_BACKEND_NVFP4=packed."
                 )

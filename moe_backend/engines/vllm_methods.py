@@ -107,15 +107,14 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     # vLLM 0.31 and later refine the block shape for TP shards that miss the checkpoint's grid.
     block = getattr(method, "moe_block_shape", None) or getattr(method, "weight_block_size", None)
     block_shape = None if block is None else (block[0], block[1])
-    weights = weights_from_tensors(kind.format, kind.read(layer, kept), block_shape)
+    weights = packed = weights_from_tensors(kind.format, kind.read(layer, kept), block_shape)
     config = _layer_config(layer, weights)
     parameters, read, origin = kind.parameters, kind.read, ""
     if isinstance(weights, Nvfp4Weights):
         prepared = vllm_nvfp4.prepare(layer, config, weights)
         config, weights, origin = prepared.layer, prepared.weights, str(prepared.choice)
-        if prepared.cost is not None:
-            parameters, read = vllm_nvfp4.FOLDED_PARAMETERS, vllm_nvfp4.read_folded
-            vllm_nvfp4.forget_packed_scales(method)
+        path = prepared.choice.path
+        parameters, read = vllm_nvfp4.PATH_PARAMETERS[path], partial(vllm_nvfp4.read_path, path)
     fused = FusedMoE(config, weights, where=f"{layer.layer_name}.", origin=origin)
     kernel = fused.selection.kernel
     if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
@@ -128,6 +127,8 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)
+    if isinstance(packed, Nvfp4Weights) and weights is not packed:
+        vllm_nvfp4.forget_packed_scales(layer, method, path)
     experts = method.moe_kernel.fused_experts
     experts.fused_moe = fused
     experts.read_tensors = partial(read, layer, kept)

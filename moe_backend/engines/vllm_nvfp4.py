@@ -8,8 +8,10 @@ tensor fills.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +34,13 @@ PARAMETERS = (
     "w2_weight_scale",
     "w2_weight_scale_2",
 )
-# A folded layer keeps FP8 in the same parameters; the global scales are in its block scales.
-FOLDED_PARAMETERS = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
+# What a layer on each path keeps its weights in. A folded layer's global scales are in its block
+# scales, an unpacked layer's scales in its weights.
+PATH_PARAMETERS = {
+    Nvfp4Path.PACKED: PARAMETERS,
+    Nvfp4Path.FOLDED: ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"),
+    Nvfp4Path.UNPACKED: ("w13_weight", "w2_weight"),
+}
 
 INPUT_SCALES = (
     "w13_input_scale",
@@ -117,12 +124,14 @@ def read(layer: Any, kept: Scales) -> list[torch.Tensor | None]:
     ]
 
 
-def read_folded(layer: Any, kept: Any = None) -> list[torch.Tensor | None]:
-    """The layer's present tensors in the order of `Fp8BlockWeights.tensors()`."""
-    return [getattr(layer, name) for name in FOLDED_PARAMETERS]
+def read_path(path: Nvfp4Path, layer: Any, kept: Scales) -> list[torch.Tensor | None]:
+    """The layer's present tensors in the order of its canonical weights' `tensors()`."""
+    if path is Nvfp4Path.PACKED:
+        return read(layer, kept)
+    return [getattr(layer, name) for name in PATH_PARAMETERS[path]]
 
 
-# --- Packed or folded -----------------------------------------------------------------------------
+# --- Packed, folded or unpacked -------------------------------------------------------------------
 
 
 @dataclass
@@ -162,10 +171,12 @@ def prepare(layer: Any, config: LayerConfig, weights: Nvfp4Weights) -> Prepared:
     return prepared
 
 
-def forget_packed_scales(method: Any) -> None:
-    """Drop vLLM's references to the packed block scales, a ninth of the packed weights."""
+def forget_packed_scales(layer: Any, method: Any, path: Nvfp4Path) -> None:
+    """Drop the packed block scales, a ninth of the packed weights, where the path has no use."""
     for weight in (method.moe_quant_config._w1, method.moe_quant_config._w2):
         weight.scale = None
+    if path is Nvfp4Path.UNPACKED:
+        layer.w13_weight_scale = layer.w2_weight_scale = None
 
 
 def _choose(layer: Any, config: LayerConfig, facts: ModelFacts) -> PathChoice:
@@ -173,9 +184,31 @@ def _choose(layer: Any, config: LayerConfig, facts: ModelFacts) -> PathChoice:
     # EPLB moves experts between ranks, so no rank may keep them in another form.
     is_packed = torch.tensor([choice.path is Nvfp4Path.PACKED], dtype=torch.int32)
     on_any_rank = bool(max_over_ranks(layer, is_packed))
-    if choice.path is Nvfp4Path.FOLDED and on_any_rank:
+    if choice.path is not Nvfp4Path.PACKED and on_any_rank:
         return PathChoice(Nvfp4Path.PACKED, "another rank of the expert-parallel group keeps it so")
     return choice
+
+
+# Limit and use of a container's memory, in control groups of version 2 and 1.
+_CONTAINER_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that are free and that this process's container may use (Linux)."""
+    found = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:")]
+    for limit, used in _CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # not such a container, or "max": no limit
+            found.append(max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+    return min(found, default=None)
 
 
 def _deployment(layer: Any, config: LayerConfig, facts: ModelFacts) -> Deployment:
@@ -183,10 +216,14 @@ def _deployment(layer: Any, config: LayerConfig, facts: ModelFacts) -> Deploymen
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     # A busy engine decodes for every sequence that it may hold, on every data-parallel rank.
     tokens = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
-    free = None
+    free: int | None = None
     if config.device == "cuda":
         available, total = torch.cuda.mem_get_info()
         # What vLLM may use and does not yet; half of it stays for the key-value cache.
         unused = available - (1 - vllm_config.cache_config.gpu_memory_utilization) * total
         free = max(0, int(unused)) // 2
+    elif config.device == "cpu":
+        memory = available_memory()
+        # Other ranks on the machine read the same number.
+        free = None if memory is None else memory // 4
     return Deployment(tokens * parallel.data_parallel_size, free, facts.layers)
