@@ -148,14 +148,16 @@ def grouped_gemm_kernel(
     EXPERTS_POWER: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCALED_DOT: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     """`alpha[e] * A @ B[e].T` of one expert's 128 rows and 128 columns; both operands NVFP4.
 
     Arguments as in `nvfp4_gemm.grouped_gemm`. The number of programs has a bound that depends on
     shapes alone; those beyond the last tile return. SCALED_DOT takes the block-scaled matrix
-    instruction (on sm_100 `tcgen05.mma ... mxf4nvf4.block_scale.block16`); without it operands are
-    decoded to fp32 first, which is how Triton's interpreter can run this: its own scaled dot is
-    wrong for E4M3 scales (3.9.0).
+    instruction (on sm_100 `tcgen05.mma ... kind::mxf4nvf4.block_scale`); without it operands are
+    decoded to COMPUTE first, which is exact in bf16. That is for Hopper, where Triton 3.6 cannot
+    compile a scaled dot with E4M3 scales, and for the interpreter, whose scaled dot is wrong for
+    them (3.9.0).
     """
     tile = tl.program_id(0)
     expert_ids = tl.arange(0, EXPERTS_POWER)
@@ -190,6 +192,7 @@ def grouped_gemm_kernel(
             acc = tl.dot_scaled(a_tile, sa, "e2m1", tl.trans(b_tile), sb, "e2m1", acc)
         else:
             x, w = _decoded(a_tile, sa, BLOCK_K), _decoded(b_tile, sb, BLOCK_K)
+            x, w = x.to(COMPUTE), w.to(COMPUTE)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     acc *= tl.load(alphas + expert)
     where = out + slot[:, None] * N + column[None, :]

@@ -1,8 +1,8 @@
 """The grouped NVFP4 GEMM in Triton: stands in for vLLM's op where there is none.
 
 Same arguments, same conventions (`kernels/nvfp4_gemm.py`). Compiled for sm_100a it is
-`tcgen05.mma` with block scales, for which no GPU was at hand; compiled for sm_90a Triton decodes
-the operands to bf16, which is how it is checked on Hopper (`tests/test_gpu_nvfp4.py`).
+`tcgen05.mma` with block scales, for which no GPU was at hand. On other GPUs the kernel decodes
+operands to bf16, exactly, which is how its addressing is checked there (`test_gpu_nvfp4.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def grouped_gemm_op(
     starts: torch.Tensor,
     scale_starts: torch.Tensor,
     *,
-    scaled_dot: bool = True,
+    interpreted: bool = False,
 ) -> None:
     """`out[slots of e] = alphas[e] * a[slots of e] @ b[e].T`.
 
@@ -32,9 +32,10 @@ def grouped_gemm_op(
         alphas: `[E]` float32.
         sizes: `[E, 3]` int32, rows, N and K of each expert.
         starts, scale_starts: `[E]` int32 START offsets of rows, and of rows of scales.
-        scaled_dot: False decodes in the kernel, for Triton's interpreter.
+        interpreted: compute in fp32, for Triton's interpreter, which has no bf16.
     """
     import triton
+    import triton.language as tl
 
     from moe_backend.kernels.triton.nvfp4_device import grouped_gemm_kernel
 
@@ -47,5 +48,6 @@ def grouped_gemm_op(
     grouped_gemm_kernel[(tiles, n // 128)](
         out, a, b, a_scales, b_scales, alphas, sizes, starts, scale_starts, n, k,
         EXPERTS=experts, EXPERTS_POWER=triton.next_power_of_2(experts), BLOCK_K=block_k,
-        SCALED_DOT=scaled_dot, num_warps=8, num_stages=3,
+        SCALED_DOT=not interpreted and torch.cuda.get_device_capability()[0] == 10,
+        COMPUTE=tl.float32 if interpreted else tl.bfloat16, num_warps=8, num_stages=3,
     )  # fmt: skip
