@@ -175,29 +175,55 @@ def test_converted_experts_moved_in_place_are_read_in_place(path, monkeypatch):
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
 
-@pytest.mark.parametrize("path", CONVERTED)
-@pytest.mark.parametrize("dialect", ["nvfp4_modelopt", "nvfp4_ct"])
-def test_reload_into_converted_layers(dialect, path, monkeypatch):
-    """vLLM's reload: parameters as created, loaded and folded again, copied in place."""
+def reloadable(problem, dialect):
+    """A loaded layer of which vLLM knows how its parameters were created."""
+    from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
+
+    layer = make_layer(problem, dialect)
+    record_metadata_for_reloading(layer.experts)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    return layer
+
+
+def reload(layer, tensors):
+    """vLLM's reload in place of the layer's checkpoint tensors."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.layerwise import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
-        record_metadata_for_reloading,
     )
 
-    monkeypatch.setenv("MOE_BACKEND_NVFP4", path)
-    first, second = build(CASE), build(CASE, seed=1)
-    layer = make_layer(first, dialect)
-    record_metadata_for_reloading(layer.experts)
-    layer.load(first.weights, dialect)
-    layer.finish()
-    before = layer(*inputs(first))
-    address = layer.experts.w13_weight.data_ptr()
     with set_current_vllm_config(layer.config):
         initialize_layerwise_reload(layer.experts)
-        layer.load(second.weights, dialect)
+        for tensor in tensors:
+            layer.load_one(*tensor)
         finalize_layerwise_reload(layer.experts, None)
+
+
+@pytest.mark.usefixtures("packed")
+def test_reload_writes_activation_scales_where_they_were():
+    """A captured graph goes on reading them there."""
+    problem = build(CASE)
+    layer = reloadable(problem, "nvfp4_modelopt")
+    before = scales_of(layer)
+    tensors = checkpoint_tensors(problem.weights, "nvfp4_modelopt")
+    reload(layer, [(n, s, e, t * 8 if "input" in n else t) for n, s, e, t in tensors])
+    after = scales_of(layer)
+    assert [t.data_ptr() for t in after] == [t.data_ptr() for t in before]
+    assert [t.item() for t in after] == [8.0, 8.0]
+
+
+@pytest.mark.parametrize("path", CONVERTED)
+@pytest.mark.parametrize("dialect", ["nvfp4_modelopt", "nvfp4_ct"])
+def test_reload_into_converted_layers(dialect, path, monkeypatch):
+    """vLLM's reload: parameters as created, loaded and folded again, copied in place."""
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", path)
+    first, second = build(CASE), build(CASE, seed=1)
+    layer = reloadable(first, dialect)
+    before = layer(*inputs(first))
+    address = layer.experts.w13_weight.data_ptr()
+    reload(layer, checkpoint_tensors(second.weights, dialect))
     assert layer.experts.w13_weight.data_ptr() == address
     problem = replace(first, weights=second.weights)
     after = layer(*inputs(first))

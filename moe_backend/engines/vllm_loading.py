@@ -58,7 +58,7 @@ class LoadRecord:
         self.loaders_run = str(load_format) not in _WITHOUT_LOADER
         self.seen: dict[tuple[str, str], set[int]] = {}
         self.expected: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {}
-        self.created: dict[str, torch.dtype] = {}  # dtype of each parameter before preparation
+        self.created: dict[str, tuple[torch.dtype, Shape]] = {}  # before preparation
 
     def expect_parameters(
         self, block_shape: list[int] | None, unfilled: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class LoadRecord:
             rows, columns = (intermediate, hidden) if stem == "w13" else (hidden, intermediate)
             shape, dtypes = _expected(kind, parameter.dtype, rows, columns, block_shape)
             self.expected[name] = (shape, dtypes)
-            self.created[name] = parameter.dtype
+            self.created[name] = (parameter.dtype, tuple(parameter.shape))
 
     def poison(self) -> None:
         """Fill every scale with NaN, so that a slot which nothing writes cannot pass for one."""
@@ -112,7 +112,7 @@ class LoadRecord:
         name = weight_name.rsplit(".", 1)[-1]
         stacked = loaded_weight.ndim == 3
         if name in self.expected:
-            if param.dtype != self.created[name]:
+            if (param.dtype, tuple(param.shape)) != self.created[name]:
                 raise ValueError(
                     f"{self.layer.layer_name}.{name}: these experts were converted from NVFP4 "
                     "when they were loaded, and the checkpoint's tensors no longer fit. Reload "
