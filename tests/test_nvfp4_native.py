@@ -21,7 +21,7 @@ from moe_backend.kernels.nvfp4_rows import quantize_rows
 from moe_backend.layout.routing import plan_routing
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
-from moe_backend.verify.w4a4 import CASE, quantised_problem
+from moe_backend.verify.w4a4 import CASE, quantised_problem, w4a4_cases
 
 KERNEL = Nvfp4NativeKernel(model_op)
 
@@ -197,11 +197,40 @@ def test_weight_only_checkpoints_are_refused():
         KERNEL.prepare(weights)
 
 
-def test_through_the_layer(monkeypatch):
+@pytest.fixture
+def only(monkeypatch):
+    """Make one kernel the only one, for the registry, the op and `verify`."""
+    from moe_backend import fused_moe
+    from moe_backend.verify import run as verify
+
+    def install(kernel):
+        for module in (registry, verify):
+            monkeypatch.setattr(module, "kernels", lambda: [kernel])
+        fused_moe._decode_plan.cache_clear()
+        return verify
+
+    yield install
+    fused_moe._decode_plan.cache_clear()
+
+
+def test_through_the_layer(only):
     """Chosen by name, prepared once, called as one op."""
+    only(KERNEL)
     p = quantised_problem()
-    monkeypatch.setattr(registry, "kernels", lambda: [KERNEL])
     fused = FusedMoE(p.layer, p.weights, kernel="nvfp4_native")
     out = fused(p.x, p.topk_weights, p.topk_ids)
     assert "activations=nvfp4" in fused.describe()
     assert difference(out, p.reference).within(0.05)
+
+
+def test_verify_runs_it_on_problems_of_its_own(only):
+    results = list(only(KERNEL).run_cases(quick=True))
+    assert len(results) == len(w4a4_cases())
+    assert all(r.ok for r in results)
+
+
+def test_verify_flags_a_wrong_one(only, monkeypatch):
+    verify = only(Nvfp4NativeKernel(with_offsets(WRONG["unpadded scale offsets"])))
+    monkeypatch.setattr(verify, "w4a4_cases", lambda: [replace(CASE, layout="ep")])
+    (result,) = verify.run_cases(quick=True)
+    assert not result.ok

@@ -31,13 +31,15 @@ from moe_backend.kernels.registry import LayerConfig
 from moe_backend.layout.blocked_scales import BlockedScales
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
+W4A4 = "nvfp4"
+
 
 class Nvfp4NativeKernel:
     """W4A4 behind the registry's interface."""
 
     name = "nvfp4_native"
     graph_safe = True
-    activations = "nvfp4"
+    activations = W4A4
 
     def __init__(self, op: VllmOp | None = None) -> None:
         """`op` stands in for vLLM's; None takes vLLM's where there is one."""

@@ -176,6 +176,18 @@ CASE = Case(
 )
 
 
+def w4a4_cases() -> tuple[Case, ...]:
+    """The case of the controls, and what breaks kernels around it."""
+    silu, step = (Activation.from_name(name) for name in ("silu", "swiglustep"))
+    return (
+        CASE,
+        replace(CASE, activation=step, hidden_size=128, intermediate_size=64),
+        replace(CASE, layout="ep"),
+        replace(CASE, activation=silu, layout="dropped", tokens=200, num_experts=4),
+        replace(CASE, tokens=1),
+    )
+
+
 @lru_cache(maxsize=8)
 def quantised_problem(case: Case = CASE) -> Problem:
     """`build(case)` with tokens of very different size, calibrated, and the W4A4 answer.
