@@ -13,8 +13,11 @@ pytestmark = pytest.mark.gpu
 from nvfp4_integers import integers
 from nvfp4_routings import check_against_loop
 from nvfp4_triton import SCALES, check
+from test_nvfp4_accuracy import exact_decode, setting, snr
 
+from moe_backend.formats.folding import fold
 from moe_backend.formats.nvfp4_activations import ActivationScale
+from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.nvfp4_gemm import grouped_gemm
 from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
 from moe_backend.kernels.nvfp4_rows import GroupedActivations
@@ -24,6 +27,7 @@ from moe_backend.layout.blocked_scales import BlockedScales
 from moe_backend.layout.offsets import EndOffsets
 from moe_backend.layout.routing import plan_routing
 from moe_backend.layout.scale_assembly import GroupedScales, assemble_scales
+from moe_backend.nvfp4_paths import Nvfp4Path, PathChoice, prepare
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.w4a4 import CASE, quantised_problem
 
@@ -99,13 +103,13 @@ def test_grouped_gemm_is_exact_on_integers(seed):
     k, n = (64, 128, 192)[seed % 3], (128, 256)[seed // 3 % 2]
     rows, weight, scales, alpha, expected = integers(seed, k, n)
     s = rows.scales
-    moved = GroupedActivations(
+    there = GroupedActivations(
         rows.packed.cuda(),
         GroupedScales(s.data.cuda(), EndOffsets(s.offsets.tensor.cuda()), s.columns),
         rows.global_scale.cuda(),
     )
     blocks = BlockedScales(scales.data.cuda(), scales.rows, scales.columns)
-    out = grouped_gemm(moved, weight.cuda(), blocks, alpha.cuda(), grouped_gemm_op)
+    out = grouped_gemm(there, weight.cuda(), blocks, alpha.cuda(), grouped_gemm_op)
     kept = int(s.offsets.tensor[-1])
     assert torch.equal(out[:kept].float().cpu(), expected[:kept])
 
@@ -156,3 +160,42 @@ def test_native_kernel_in_a_graph_with_other_routings():
         replayed = out.clone()
         assert torch.equal(replayed, kernel.apply(p.layer, tensors, *given))
         assert replayed.isfinite().all()
+
+
+# --- Packed and folded ----------------------------------------------------------------------------
+
+
+def moved(weights):
+    tensors = {n: t.cuda() for n, t in vars(weights).items() if isinstance(t, torch.Tensor)}
+    return replace(weights, **tensors)
+
+
+@pytest.mark.parametrize("path", list(Nvfp4Path))
+def test_accuracy_of_each_path(path):
+    """The thresholds of test_nvfp4_accuracy.py, with the kernel that a GPU gets."""
+    p, _ = setting()
+    layer = replace(p.layer, device="cuda")
+    ready = prepare(layer, moved(p.weights), PathChoice(path, "test"))
+    fused = FusedMoE(ready.layer, ready.weights)
+    out = fused(p.x.cuda(), p.topk_weights.cuda(), p.topk_ids.cuda())
+    allowed = 1.0 if path is Nvfp4Path.FOLDED else 0.1
+    assert snr(out) > exact_decode() - allowed
+
+
+def test_folding_is_the_same_and_takes_one_matrix_more():
+    """Bit for bit what a CPU makes of it; beside both forms, a few fp32 copies of one matrix."""
+    weights = setting()[0].weights
+    expected, cost = fold(weights)
+    on_gpu = moved(weights)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    folded, cost_there = fold(on_gpu)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    for there, here in zip(folded.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(there.cpu().view(torch.uint8), here.view(torch.uint8))
+    assert cost_there.exact == cost.exact
+    kept = sum(t.numel() * t.element_size() for t in folded.tensors())
+    matrix = 4 * weights.hidden_size * weights.intermediate_size
+    assert peak < kept + 16 * matrix
