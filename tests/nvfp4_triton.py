@@ -37,6 +37,8 @@ def check(seed: int, device: str = "cpu", block_m: int = 16) -> None:
     x = (torch.randn(tokens, columns, 16, generator=g) * size).flatten(1).bfloat16()
     x[::7] = 0
     x[(ids < 0).all(1)] = torch.nan  # a token that no expert here takes is not read
+    if seed % 3 == 0:
+        x[5::11, 3] = torch.nan  # stays in its block
     scale = SCALES[seed % 4]
     if scale.static is None and not scale.per_token:
         scale = ActivationScale(nvfp4.global_scale_of(x.float().nan_to_num().abs().sum())[None])
@@ -58,11 +60,14 @@ def check(seed: int, device: str = "cpu", block_m: int = 16) -> None:
     expected = scale.quantize(x[torch.arange(slots) // top_k])
     kept = int(plan.expert_offsets[-1])
     order = plan.slots[:kept].cpu()
-    assert torch.equal(packed[:kept].cpu(), expected.packed[order])
-    assert (packed[kept:] == 0xAA).all()
     byte = expected.scale.view(torch.uint8)
+    # Codes under a scale of NaN do not matter.
+    known = (byte != 0x7F).repeat_interleave(8, 1)[order]
+    assert torch.equal(packed[:kept].cpu()[known], expected.packed[order][known])
+    assert (packed[kept:] == 0xAA).all()
     check_against_loop(data.cpu(), ids, experts, byte)
-    assert int((data != 0x7F).sum()) == kept * padded_columns(columns)  # and nothing else written
+    written = int((data != 0x7F).sum()) + int((byte[order] == 0x7F).sum())
+    assert written == kept * padded_columns(columns)  # and nothing else
     if scale.per_token:
         assert torch.equal(out.global_scale[:kept].cpu(), expected.global_scale[order])
 

@@ -132,6 +132,7 @@ def test_nan_of_a_token_stays_with_it():
     x = p.x.clone()
     x[3] = torch.nan
     out = run(replace(p, x=x))
+    assert out[3].isnan().all()
     others = torch.arange(len(x)) != 3
     assert torch.equal(out[others], run(p)[others])
 

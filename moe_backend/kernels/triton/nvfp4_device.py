@@ -94,6 +94,7 @@ def quantize_kernel(
     raw = tl.div_rn(tl.div_rn(amax, 6.0), tl.broadcast_to(scale_of_all, amax.shape))
     raw = tl.minimum(tl.maximum(raw, 0.001953125), 448.0)
     code = tl.where(amax > 0, _e4m3(raw), 0x38)  # a block of zeros has scale 1
+    has_nan = tl.max((blocks != blocks).to(tl.int32), axis=2) > 0
     step = _e4m3_value(code) * scale_of_all
     codes = _e2m1_code(tl.div_rn(blocks, tl.broadcast_to(step[:, :, None], blocks.shape)))
     low, high = tl.split(tl.reshape(codes, (BLOCK_M, BLOCK_K // 2, 2)))
@@ -107,6 +108,7 @@ def quantize_kernel(
     group = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
     first = row // 128 * columns * 128 + row % 32 * 16 + row % 128 // 32 * 4
     place = first[:, None] + (group // 4 * 512 + group % 4)[None, :]
+    code = tl.where(has_nan, 0x7F, code)  # E2M1 has no NaN, the scale has
     code = tl.where((group < K // 16)[None, :], code, 0)
     tl.store(scales + place, code.to(tl.uint8), mask=kept[:, None] & (group < columns)[None, :])
 
