@@ -57,7 +57,7 @@ versions: dev ## the seam and layer tests on every supported vLLM (downloads 600
 	MOE_BACKEND_TEST_VLLM=$$folders $(PY) -m pytest -q tests/test_vllm_seam.py; \
 	for folder in $${folders//:/ }; do \
 		echo "vLLM $${folder##*/}"; \
-		VLLM_TARGET_DEVICE=cpu PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_vllm_layer.py; \
+		VLLM_TARGET_DEVICE=cpu PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_vllm_layer.py tests/test_vllm_nvfp4.py; \
 	done
 
 lint: dev ## check style and formatting

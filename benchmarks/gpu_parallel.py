@@ -130,6 +130,7 @@ class Session:
             return 0
         with tempfile.TemporaryDirectory() as scratch:
             models = self.args.models or Path(scratch)
+            models.mkdir(parents=True, exist_ok=True)
             if not self.args.no_probe and self.is_due("probe"):
                 self.add("probe", self.probe(Path(scratch)))
             for run in self.runs:

@@ -1,4 +1,4 @@
-"""The command `moe-backend`: doctor, verify, convert."""
+"""The command `moe-backend`: doctor, verify, inspect, convert."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_doctor(commands)
     _add_verify(commands)
+    _add_inspect(commands)
     _add_convert(commands)
     args = parser.parse_args(argv)
     try:
@@ -130,6 +131,19 @@ def _verify(args: argparse.Namespace) -> int:
         print("no kernel ran: nothing was verified", file=sys.stderr)
         return 1
     return 1 if wrong or uncaught else 0
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any) -> None:
+    from moe_backend.checkpoint.inspect_command import add_inspect_arguments, run_inspect
+
+    parser = commands.add_parser(
+        "inspect", help="what a checkpoint's experts are, and what its NVFP4 scales will do"
+    )
+    add_inspect_arguments(parser)
+    parser.set_defaults(run=run_inspect)
 
 
 # --- convert --------------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ KERNEL = Variable(
     "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
+NVFP4 = Variable(
+    "MOE_BACKEND_NVFP4",
+    "how NVFP4 experts are kept: packed (4 bits, as in the checkpoint), folded (converted to FP8 "
+    "128x128 while loading), unpacked (converted to the activations' dtype), or auto",
+    "auto: on a GPU folded where its memory fits and steps bring many tokens per expert, on a CPU "
+    "unpacked where a quarter of the free memory is enough, else packed",
+)
+
 ALL_REDUCE = Variable(
     "MOE_BACKEND_ALL_REDUCE",
     "which collective paths vLLM may use: auto, probe, on, off, or names of paths "
@@ -32,4 +40,4 @@ ALL_REDUCE = Variable(
     "auto: what was built is tried with known sums when a group starts",
 )
 
-VARIABLES = (KERNEL, ALL_REDUCE)
+VARIABLES = (KERNEL, NVFP4, ALL_REDUCE)

@@ -24,7 +24,13 @@ class FusedMoE:
     """The prepared experts of one layer on one rank."""
 
     def __init__(
-        self, layer: LayerConfig, weights: Weights, *, kernel: str | None = None, where: str = ""
+        self,
+        layer: LayerConfig,
+        weights: Weights,
+        *,
+        kernel: str | None = None,
+        where: str = "",
+        origin: str = "",
     ) -> None:
         """Validate, select and prepare.
 
@@ -33,6 +39,7 @@ class FusedMoE:
             weights: canonical weights; the tensors may be kept, not copied.
             kernel: name of the kernel to use; None lets the registry choose.
             where: the layer's name, a prefix for error messages.
+            origin: how the weights came to this format, for the log (`nvfp4_paths.Prepared`).
 
         Raises:
             ValueError: a tensor is malformed, or no kernel runs this layer.
@@ -40,6 +47,7 @@ class FusedMoE:
         weights.validate(where)
         _check_sizes(layer, weights, where)
         self.layer = layer
+        self.origin = origin
         try:
             self.selection: Selection = select(layer, kernel)
         except ValueError as error:
@@ -92,13 +100,16 @@ class FusedMoE:
         blocks = dict.fromkeys(by(b) for b in (layer.w13_block, layer.w2_block) if b is not None)
         block = f" {' and '.join(blocks)}" if blocks else ""
         groups = self.selection.kernel.activation_groups(layer, tokens=1)
-        activations = "not quantised" if groups is None else f"fp8 1x{groups[0]}, 1x{groups[1]}"
+        activations = self.selection.kernel.activations
+        if groups is not None:
+            activations = f"fp8 1x{groups[0]}, 1x{groups[1]}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"
         return (
             f"format={layer.format}{block} layout={experts}, top-{layer.top_k}, "
             f"hidden {layer.hidden_size}, intermediate {layer.intermediate_size} "
             f"activation={layer.activation} kernel={self.selection.kernel.name} "
             f"activations={activations} ({self.selection.reason})"
+            + (f" {self.origin}" if self.origin else "")
         )
 
 

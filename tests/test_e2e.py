@@ -54,7 +54,8 @@ def test_accuracy_of_every_dialect(tmp_path):
     result = run(str(EXAMPLES / "accuracy.py"), "--prompts", "300", "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     accuracy = json.loads(out.read_text())["accuracy"]
-    assert set(accuracy) == {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    dialects = {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}
+    assert set(accuracy) == dialects | {"nvfp4-modelopt packed", "nvfp4-modelopt folded"}
     assert accuracy["bf16"] >= 97
     assert "NVFP4 dialects answer alike: True" in result.stdout
 
@@ -125,23 +126,24 @@ print("RELOADED", before == ask() == ["109", "1 3 7 9"], spoilt != before)
 
 
 @pytest.mark.parametrize(
-    ("dialect", "tp"),
+    ("dialect", "path", "tp"),
     [
-        ("bf16", 1),
-        ("fp8-block", 1),
-        ("nvfp4-modelopt", 1),
-        ("nvfp4-ct", 1),
-        pytest.param(
-            "fp8-block", 2, marks=pytest.mark.long
-        ),  # scales that are merged after loading
+        ("bf16", "auto", 1),
+        ("fp8-block", "auto", 1),
+        ("nvfp4-modelopt", "auto", 1),
+        ("nvfp4-ct", "packed", 1),
+        ("nvfp4-modelopt", "folded", 1),
+        # Scales that are merged after loading.
+        pytest.param("fp8-block", "auto", 2, marks=pytest.mark.long),
     ],
 )
-def test_weights_reload_in_place(dialect, tp, converted):
+def test_weights_reload_in_place(dialect, path, tp, converted):
     result = run(
         "-c",
         RELOAD,
         str(converted(dialect)),
         str(tp),
+        MOE_BACKEND_NVFP4=path,
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
         VLLM_CPU_OMP_THREADS_BIND="auto" if tp == 1 else "nobind",
@@ -256,3 +258,38 @@ def test_missing_scale(converted, tmp_path):
     del tensors[name]
     save_file(tensors, folder / "model.safetensors")
     assert name in serve_error(folder)
+
+
+NATIVE = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import tasks
+from nvfp4_vllm_op import model_op
+from moe_backend.kernels import registry
+from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
+registry.kernels = lambda: [Nvfp4NativeKernel(model_op)]
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], moe_backend="blockscale", max_model_len=256, enforce_eager=True)
+samples = tasks.held_out(100)
+sampling = SamplingParams(temperature=0, max_tokens=32)
+outputs = llm.generate([prompt for _, prompt, _ in samples], sampling, use_tqdm=False)
+right = sum(tasks.check(s[1], o.outputs[0].text) for s, o in zip(samples, outputs))
+print("RIGHT", right)
+"""
+
+
+def test_w4a4_answers_like_bf16(converted):
+    """Weights and activations in NVFP4, with a model of the GEMM that a CPU has not."""
+    result = run(
+        "-c",
+        NATIVE,
+        str(converted("nvfp4-modelopt")),
+        str(Path(__file__).parent),
+        str(EXAMPLES / "tiny_step"),
+        MOE_BACKEND_KERNEL="nvfp4_native",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    found = re.search(r"RIGHT (\d+)", result.stdout)
+    assert found, result.stdout + result.stderr[-2000:]
+    assert "kernel=nvfp4_native activations=nvfp4" in result.stdout + result.stderr
+    assert int(found[1]) >= 97

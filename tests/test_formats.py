@@ -171,6 +171,16 @@ def test_nvfp4_scales_are_never_zero():
     assert (packed & 0x77 == 0).all()
 
 
+def test_nvfp4_keeps_a_nan_in_its_block():
+    x = torch.ones(2, 32)
+    x[0, 5] = torch.nan
+    packed, scale = nvfp4.quantize(x, torch.tensor(0.5))
+    values = nvfp4.dequantize(packed, scale, torch.tensor(0.5))
+    assert values[0, :16].isnan().all()
+    assert values[0, 16:].isfinite().all()
+    assert values[1].isfinite().all()
+
+
 def test_nvfp4_needs_groups_of_16():
     with pytest.raises(ValueError, match="multiple of 16"):
         nvfp4.quantize(torch.ones(2, 24), torch.tensor(1.0))

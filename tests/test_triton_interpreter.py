@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +82,33 @@ def test_device_code_in_the_interpreter():
     results = json.loads(result.stdout.splitlines()[-1])
     assert len(results) > 120
     assert {name: r for name, (r, ok) in results.items() if not ok} == {}
+
+
+@pytest.mark.slow
+def test_fused_quantisation_over_random_routings():
+    """Gather, quantisation and scatter in one kernel, 1,000 routings, poisoned buffers."""
+    script = Path(__file__).with_name("nvfp4_triton.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "1000"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["1000"]
+
+
+@pytest.mark.slow
+def test_grouped_nvfp4_gemm_on_integers():
+    """Addresses of rows, codes and blocked scales; scaled dots are not interpreted."""
+    script = Path(__file__).with_name("nvfp4_triton_gemm.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "48"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["48"]

@@ -40,18 +40,9 @@ def test_control_is_caught(control):
 
 @pytest.mark.parametrize("control", controls(), ids=lambda c: c.name)
 def test_control_is_right_but_for_its_fault(control):
-    """The same problem through the sound kernel passes, so it is the fault that is caught."""
-    p = build(control.case)
-    out = fused_experts(
-        p.x,
-        p.weights,
-        p.topk_weights,
-        p.topk_ids,
-        p.case.activation,
-        p.expert_map,
-        compute_dtype=torch.bfloat16,
-    )
-    assert passes(difference(out, p.reference), p.case)
+    """The same problem through the sound code passes, so it is the fault that is caught."""
+    p = control.make(control.case)
+    assert passes(difference(control.sound(p), p.reference), p.case)
 
 
 def test_metrics_see_what_cosine_does_not():
@@ -116,7 +107,7 @@ def test_command_fails_on_an_uncaught_control(monkeypatch, capsys):
 
 def test_command_refuses_an_unknown_kernel(capsys):
     assert cli.main(["verify", "--kernel", "nonesuch"]) == 1
-    assert "accepted: hopper, triton, vllm_cpu, reference" in capsys.readouterr().err
+    assert "accepted: hopper, triton, vllm_cpu, reference, nvfp4_native" in capsys.readouterr().err
 
 
 def test_results_of_controls_name_them():

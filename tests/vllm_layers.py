@@ -21,7 +21,9 @@ from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.verify.problems import Problem
 
 PREFIX = "model.layers.1.moe.experts"
-DIALECTS = ("bf16", "fp8_block", "nvfp4_modelopt", "nvfp4_ct")
+# `_a16`: weight-only, as the checkpoint's configuration says it.
+NVFP4_DIALECTS = ("nvfp4_modelopt", "nvfp4_ct", "nvfp4_modelopt_a16", "nvfp4_ct_a16")
+DIALECTS = ("bf16", "fp8_block", *NVFP4_DIALECTS)
 
 
 def format_of(dialect: str) -> str:
@@ -48,13 +50,14 @@ def quant_config(dialect: str, block_shape: tuple[int, int] = (128, 128)) -> Any
             activation_scheme="dynamic",
             weight_block_size=list(block_shape),
         )
-    if dialect == "nvfp4_modelopt":
+    weight_only = dialect.endswith("_a16")
+    if dialect.startswith("nvfp4_modelopt"):
         from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
         return ModelOptNvFp4Config.from_config(
             {
                 "quantization": {
-                    "quant_algo": "NVFP4",
+                    "quant_algo": "W4A16_NVFP4" if weight_only else "NVFP4",
                     "group_size": 16,
                     "kv_cache_quant_algo": None,
                     "exclude_modules": [],
@@ -82,7 +85,9 @@ def quant_config(dialect: str, block_shape: tuple[int, int] = (128, 128)) -> Any
                     "targets": ["Linear"],
                     "format": "nvfp4-pack-quantized",
                     "weights": {**arguments, "dynamic": False},
-                    "input_activations": {**arguments, "dynamic": "local"},
+                    "input_activations": (
+                        None if weight_only else {**arguments, "dynamic": "local"}
+                    ),
                 }
             },
         }
@@ -208,7 +213,7 @@ def checkpoint_tensors(weights: Any, dialect: str) -> list[tuple[str, str, int, 
         gate_up_down("weight_scale_inv", weights.w13_scale, weights.w2_scale, rows)
     else:
         assert isinstance(weights, Nvfp4Weights)
-        ct = dialect == "nvfp4_ct"
+        ct = dialect.startswith("nvfp4_ct")
         gate_up_down("weight_packed" if ct else "weight", weights.w13, weights.w2, i)
         gate_up_down("weight_scale", weights.w13_scale, weights.w2_scale, i)
         g13, g2 = weights.w13_global_scale, weights.w2_global_scale
@@ -216,6 +221,8 @@ def checkpoint_tensors(weights: Any, dialect: str) -> list[tuple[str, str, int, 
             "weight_global_scale" if ct else "weight_scale_2",
             *((1 / g13, 1 / g2) if ct else (g13, g2)),
         )
+        if dialect.endswith("_a16"):
+            return out
         one = torch.ones_like(g13)
         scalars("input_global_scale" if ct else "input_scale", one, one[:, :1])
     return out

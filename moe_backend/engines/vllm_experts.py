@@ -109,7 +109,8 @@ class Fp8BlockExperts(BlockscaleExperts):
 class Nvfp4Experts(BlockscaleExperts):
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return (weight_key, activation_key) == (kNvfp4Static, kNvfp4Dynamic)
+        # None: a weight-only checkpoint. No kernel here needs activation scales.
+        return weight_key == kNvfp4Static and activation_key in (kNvfp4Dynamic, None)
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -137,6 +138,6 @@ def unsupported(prefix: str, quant_config: Any, why: str) -> ValueError:
     scheme = "unquantised" if quant_config is None else type(quant_config).__name__
     return ValueError(
         f"--moe-backend {NAME} cannot serve {prefix} ({scheme}): {why}. Supported: bf16, FP8 with "
-        "block scales and dynamic activations, NVFP4 W4A4 (modelopt, compressed-tensors). Use "
-        "another --moe-backend for this model, or convert it with `moe-backend convert`."
+        "block scales and dynamic activations, NVFP4 (modelopt, compressed-tensors; W4A4, W4A16). "
+        "Use another --moe-backend for this model, or convert it with `moe-backend convert`."
     )

@@ -58,13 +58,17 @@ class LoadRecord:
         self.loaders_run = str(load_format) not in _WITHOUT_LOADER
         self.seen: dict[tuple[str, str], set[int]] = {}
         self.expected: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {}
+        self.created: dict[str, tuple[torch.dtype, Shape]] = {}  # before preparation
 
-    def expect_parameters(self, block_shape: list[int] | None, refined: bool) -> None:
+    def expect_parameters(
+        self, block_shape: list[int] | None, refined: bool, unfilled: tuple[str, ...] = ()
+    ) -> None:
         """Note shape and dtype of each parameter's checkpoint tensors, per expert.
 
         Args:
             block_shape: the checkpoint's FP8 block, None in other formats.
             refined: whether vLLM refines it for a tensor-parallel shard off its grid.
+            unfilled: parameters that this checkpoint need not have tensors for.
         """
         config = self.layer.moe_config
         intermediate = config.intermediate_size - (config.intermediate_pad or 0)
@@ -86,11 +90,12 @@ class LoadRecord:
             )
         for name, parameter in self.layer.named_parameters():
             stem, _, kind = name.partition("_")
-            if stem not in ("w13", "w2"):
+            if stem not in ("w13", "w2") or name in unfilled:
                 continue
             rows, columns = (intermediate, hidden) if stem == "w13" else (hidden, intermediate)
             shape, dtypes = _expected(kind, parameter.dtype, rows, columns, block_shape)
             self.expected[name] = (shape, dtypes)
+            self.created[name] = (parameter.dtype, tuple(parameter.shape))
 
     def poison(self) -> None:
         """Fill every scale with NaN, so that a slot which nothing writes cannot pass for one."""
@@ -110,11 +115,18 @@ class LoadRecord:
         """Same contract as `RoutedExperts.weight_loader`.
 
         Raises:
-            ValueError: the tensor has the wrong shape or dtype for its parameter.
+            ValueError: the tensor has the wrong shape or dtype for its parameter, or the parameter
+                no longer has the checkpoint's format.
         """
         name = weight_name.rsplit(".", 1)[-1]
         stacked = loaded_weight.ndim == 3
         if name in self.expected:
+            if (param.dtype, tuple(param.shape)) != self.created[name]:
+                raise ValueError(
+                    f"{self.layer.layer_name}.{name}: these experts were converted from NVFP4 "
+                    "when they were loaded, and the checkpoint's tensors no longer fit. Reload "
+                    "with vLLM's reload_weights, or serve with MOE_BACKEND_NVFP4=packed."
+                )
             self._check(name, loaded_weight, shard_id, expert_id, stacked)
         result = self.loader(
             param=param,

@@ -21,9 +21,10 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.utils import replace_parameter
 
 from moe_backend.activation import Activation
+from moe_backend.engines import vllm_nvfp4
 from moe_backend.engines.vllm_experts import BlockscaleExperts, unsupported
 from moe_backend.engines.vllm_loading import LoadRecord
-from moe_backend.engines.vllm_ranks import check_ownership, max_over_ranks
+from moe_backend.engines.vllm_ranks import check_ownership
 from moe_backend.formats import (
     Bf16Weights,
     Fp8BlockWeights,
@@ -31,7 +32,6 @@ from moe_backend.formats import (
     Weights,
     weights_from_tensors,
 )
-from moe_backend.formats.checks import expect_positive
 from moe_backend.formats.fp8_block import Block
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import LayerConfig
@@ -71,11 +71,18 @@ def _adopted(stock: type) -> type:
         record = LoadRecord(layer, kwargs["weight_loader"], config.load_config.load_format)
         base.create_weights(self, layer, *args, **{**kwargs, "weight_loader": record.weight_loader})
         block = getattr(self, "weight_block_size", None)
-        record.expect_parameters(block, getattr(self, "moe_block_shape", block) != block)
+        refined = getattr(self, "moe_block_shape", block) != block
+        # Both NVFP4 methods say so where the checkpoint has no activation scales.
+        layer.moe_backend_weight_only = bool(getattr(self, "use_a16", False))
+        unfilled = vllm_nvfp4.INPUT_SCALES if layer.moe_backend_weight_only else ()
+        record.expect_parameters(block, refined, unfilled)
         record.poison()
         layer.moe_backend_load_record = record
         model = config.model_config
         layer.moe_backend_eager = model is None or model.enforce_eager
+        layer.moe_backend_config = config
+        if kind.format == Nvfp4Weights.name:
+            layer.moe_backend_model = vllm_nvfp4.count_layer(config)
 
     def process_weights_after_loading(self: Any, layer: Any) -> None:
         record: LoadRecord = layer.moe_backend_load_record
@@ -86,7 +93,7 @@ def _adopted(stock: type) -> type:
         kept = kind.before(layer, self)
         base.process_weights_after_loading(self, layer)
         kind.after(layer, kept)
-        _prepare(layer, kind, kept, self.moe_kernel.fused_experts)
+        _prepare(layer, kind, kept, self)
 
     namespace = {
         "__module__": stock.__module__,
@@ -99,24 +106,34 @@ def _adopted(stock: type) -> type:
     return type(stock.__name__, (stock,), namespace)
 
 
-def _prepare(layer: Any, kind: _Method, kept: Any, experts: Any) -> None:
+def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     """Build the layer's `FusedMoE` and say what runs."""
     blocks = kept if isinstance(kept, _Fp8Blocks) else ()
-    weights = weights_from_tensors(kind.format, kind.read(layer, kept), *blocks)
-    fused = FusedMoE(_layer_config(layer, weights), weights, where=f"{layer.layer_name}.")
+    weights = packed = weights_from_tensors(kind.format, kind.read(layer, kept), *blocks)
+    config = _layer_config(layer, weights)
+    parameters, read, origin = kind.parameters, kind.read, ""
+    if isinstance(weights, Nvfp4Weights):
+        prepared = vllm_nvfp4.prepare(layer, config, weights)
+        config, weights, origin = prepared.layer, prepared.weights, str(prepared.choice)
+        path = prepared.choice.path
+        parameters, read = vllm_nvfp4.PATH_PARAMETERS[path], partial(vllm_nvfp4.read_path, path)
+    fused = FusedMoE(config, weights, where=f"{layer.layer_name}.", origin=origin)
     kernel = fused.selection.kernel
     if weights.w13.device.type != "cpu" and not kernel.graph_safe and not layer.moe_backend_eager:
         raise ValueError(
             f"{layer.layer_name}: kernel {kernel.name} ({fused.selection.reason}) cannot be "
             "captured in a CUDA graph. Serve with --enforce-eager."
         )
-    prepared = fused.hand_over()  # in the order of `Weights.tensors()`, whatever the kernel
-    for name, tensor in zip(kind.parameters, prepared[: len(kind.parameters)], strict=True):
+    tensors = fused.hand_over()  # in the order of `Weights.tensors()`, whatever the kernel
+    for name, tensor in zip(parameters, tensors[: len(parameters)], strict=True):
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)
+    if isinstance(packed, Nvfp4Weights) and weights is not packed:
+        vllm_nvfp4.forget_packed_scales(layer, method, path)
+    experts = method.moe_kernel.fused_experts
     experts.fused_moe = fused
-    experts.read_tensors = partial(kind.read, layer, kept)
+    experts.read_tensors = partial(read, layer, kept)
     line = fused.describe()
     if line not in _logged:
         _logged.add(line)
@@ -201,58 +218,6 @@ def _read_fp8_block(layer: Any, kept: _Fp8Blocks) -> list[torch.Tensor | None]:
 
 
 @dataclass(frozen=True)
-class _Nvfp4Scales:
-    """Global scales in decode direction, taken before vLLM drops the one of up."""
-
-    w13_global: torch.Tensor  # [E, 2]
-    w13_input: torch.Tensor  # [1]
-    w2_input: torch.Tensor  # [1]
-
-
-def _modelopt_scales(layer: Any, _: Any) -> _Nvfp4Scales:
-    _expect_scales(layer, "weight_scale_2", "input_scale")
-    return _Nvfp4Scales(
-        layer.w13_weight_scale_2.data.float().clone(),
-        max_over_ranks(layer, layer.w13_input_scale.data.float().amax().reshape(1)),
-        max_over_ranks(layer, layer.w2_input_scale.data.float().amax().reshape(1)),
-    )
-
-
-def _compressed_tensors_scales(layer: Any, _: Any) -> _Nvfp4Scales:
-    """This dialect stores encode-direction scales: the inverse, whose MAX is a minimum."""
-    _expect_scales(layer, "weight_global_scale", "input_global_scale")
-    return _Nvfp4Scales(
-        1.0 / layer.w13_weight_global_scale.data.float(),
-        max_over_ranks(layer, 1.0 / layer.w13_input_global_scale.data.float().amin().reshape(1)),
-        max_over_ranks(layer, 1.0 / layer.w2_input_global_scale.data.float().amin().reshape(1)),
-    )
-
-
-def _expect_scales(layer: Any, *names: str) -> None:
-    for name in names:
-        for stem in ("w13", "w2"):
-            expect_positive(f"{layer.layer_name}.{stem}_{name}", getattr(layer, f"{stem}_{name}"))
-
-
-def _keep_nvfp4_scales(layer: Any, kept: _Nvfp4Scales) -> None:
-    """Both global scales of w13 as a parameter, so that EPLB moves them with their experts."""
-    replace_parameter(layer, "moe_backend_w13_global_scale", kept.w13_global)
-
-
-def _read_nvfp4(layer: Any, kept: _Nvfp4Scales) -> list[torch.Tensor | None]:
-    return [
-        layer.w13_weight,
-        layer.w13_weight_scale,
-        layer.moe_backend_w13_global_scale,
-        layer.w2_weight,
-        layer.w2_weight_scale,
-        layer.w2_weight_scale_2.view(-1, 1),
-        kept.w13_input,
-        kept.w2_input,
-    ]
-
-
-@dataclass(frozen=True)
 class _Method:
     """How one stock method's parameters become canonical weights.
 
@@ -273,15 +238,6 @@ class _Method:
     parameters: tuple[str, ...]
 
 
-_NVFP4_PARAMETERS = (
-    "w13_weight",
-    "w13_weight_scale",
-    "moe_backend_w13_global_scale",
-    "w2_weight",
-    "w2_weight_scale",
-    "w2_weight_scale_2",
-)
-
 _METHODS = {
     "UnquantizedFusedMoEMethod": _Method(
         Bf16Weights.name, _nothing, _nothing, _read_bf16, ("w13_weight", "w2_weight")
@@ -294,13 +250,17 @@ _METHODS = {
         ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"),
     ),
     "ModelOptNvFp4FusedMoE": _Method(
-        Nvfp4Weights.name, _modelopt_scales, _keep_nvfp4_scales, _read_nvfp4, _NVFP4_PARAMETERS
+        Nvfp4Weights.name,
+        vllm_nvfp4.modelopt_scales,
+        vllm_nvfp4.keep_scales,
+        vllm_nvfp4.read,
+        vllm_nvfp4.PARAMETERS,
     ),
     "CompressedTensorsW4A4Nvfp4MoEMethod": _Method(
         Nvfp4Weights.name,
-        _compressed_tensors_scales,
-        _keep_nvfp4_scales,
-        _read_nvfp4,
-        _NVFP4_PARAMETERS,
+        vllm_nvfp4.compressed_tensors_scales,
+        vllm_nvfp4.keep_scales,
+        vllm_nvfp4.read,
+        vllm_nvfp4.PARAMETERS,
     ),
 }

@@ -220,7 +220,8 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor,
     Returns:
         packed `[..., K/2]` uint8 and scale `[..., K/16]` float8_e4m3fn. A block too small for
         E4M3 next to its global scale gets the smallest subnormal, never zero; a block of zeros
-        gets scale 1, as modelopt writes it.
+        gets scale 1, as modelopt writes it. A block with a NaN gets the scale NaN: E2M1 has none,
+        and a code alone would turn it into a number.
 
     Raises:
         ValueError: K is not a multiple of 16.
@@ -230,13 +231,18 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor,
     blocks = x.float().unflatten(-1, (-1, GROUP))
     amax = blocks.abs().amax(-1)
     raw = (amax / E2M1_MAX / global_scale).clamp(2.0**-9, E4M3_MAX)
-    scale = torch.where(amax > 0, raw, torch.ones_like(raw)).to(torch.float8_e4m3fn)
+    scale = torch.where(amax == 0, torch.ones_like(raw), raw).to(torch.float8_e4m3fn)
     step = scale.float() * global_scale
     return pack(encode_e2m1(blocks / step[..., None]).flatten(-2)), scale
 
 
 def is_mxfp4_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
-    """Whether NVFP4 scales carry an MXFP4 tensor bit for bit: powers of two, equal in pairs."""
+    """Whether NVFP4 scales carry an MXFP4 tensor bit for bit: powers of two, equal in pairs.
+
+    MXFP4 has one scale for 32 values, so a tensor with an odd number of groups is none.
+    """
+    if scale.shape[-1] % 2:
+        return False
     values = scale.float()
     # frexp rather than the mantissa bits: 2**-7 to 2**-9 are E4M3 subnormals.
     mantissa, _ = torch.frexp(values)

@@ -107,6 +107,7 @@ class ReferenceKernel:
 
     name = "reference"
     graph_safe = False
+    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         return None

@@ -83,10 +83,12 @@ class Kernel(Protocol):
     Attributes:
         name: what logs and flags call it.
         graph_safe: whether a call may be captured in a CUDA graph.
+        activations: how it treats them where `activation_groups` is None, for the log.
     """
 
     name: str
     graph_safe: bool
+    activations: str
 
     def refusal(self, layer: LayerConfig) -> str | None:
         """Why this kernel cannot run the layer, or None if it can."""
@@ -123,11 +125,19 @@ class Selection:
 def kernels() -> list[Kernel]:
     """All kernels, the preferred first."""
     from moe_backend.kernels.hopper.kernel import HopperKernel
+    from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
     from moe_backend.kernels.reference import ReferenceKernel
     from moe_backend.kernels.triton.kernel import TritonKernel
     from moe_backend.kernels.vllm_cpu import VllmCpuKernel
 
-    return [HopperKernel(), TritonKernel(), VllmCpuKernel(), ReferenceKernel()]
+    # The reference refuses nothing: what follows it runs only when asked for by name.
+    return [
+        HopperKernel(),
+        TritonKernel(),
+        VllmCpuKernel(),
+        ReferenceKernel(),
+        Nvfp4NativeKernel(),
+    ]
 
 
 def kernel_named(name: str) -> Kernel:

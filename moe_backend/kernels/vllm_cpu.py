@@ -23,6 +23,7 @@ class VllmCpuKernel:
 
     name = "vllm_cpu"
     graph_safe = False
+    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cpu":

@@ -1,7 +1,7 @@
 """Must-fail controls: variants that are wrong on purpose, each of which the checks must flag.
 
 Every one was a bug in some released kernel, layout or loader. A check that passes a control is
-itself broken.
+itself broken. Those of NVFP4 activations are in `w4a4_controls.py`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_backend.activation import Activation
-from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights, fp8_block, nvfp4
+from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights, fp8_block
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.layout.routing import RoutingPlan, plan_routing
 from moe_backend.verify.problems import Case, Problem, build
 
 SILU = Activation.from_name("silu")
 STEP = Activation.from_name("swiglustep")
-
-
-@dataclass(frozen=True)
-class Control:
-    """A broken variant.
-
-    Attributes:
-        name: what is wrong with it.
-        case: the problem that it is given.
-        run: returns the wrong output `[T, H]`.
-    """
-
-    name: str
-    case: Case
-    run: Callable[[Problem], torch.Tensor]
-
-    def outcome(self) -> tuple[torch.Tensor, Problem]:
-        """The wrong output, and the problem whose check must flag it."""
-        problem = build(self.case)
-        return self.run(problem), problem
 
 
 def _run(p: Problem, **changes: object) -> torch.Tensor:
@@ -53,6 +33,34 @@ def _run(p: Problem, **changes: object) -> torch.Tensor:
         **changes,
     }
     return fused_experts(**given)  # type: ignore[arg-type]
+
+
+def _sound(p: Problem) -> torch.Tensor:
+    return _run(p, x=p.x, compute_dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A broken variant.
+
+    Attributes:
+        name: what is wrong with it.
+        case: the problem that it is given.
+        run: returns the wrong output `[T, H]`.
+        make: the case's tensors and the right answer.
+        sound: the same without the fault.
+    """
+
+    name: str
+    case: Case
+    run: Callable[[Problem], torch.Tensor]
+    make: Callable[[Case], Problem] = build
+    sound: Callable[[Problem], torch.Tensor] = _sound
+
+    def outcome(self) -> tuple[torch.Tensor, Problem]:
+        """The wrong output, and the problem whose check must flag it."""
+        problem = self.make(self.case)
+        return self.run(problem), problem
 
 
 def _raw_codes(p: Problem) -> torch.Tensor:
@@ -90,17 +98,6 @@ def _scale_folded_into_e4m3(p: Problem) -> torch.Tensor:
     folded = (w.w13_scale.float() * fold).to(torch.float8_e4m3fn)
     top = w.w13_global_scale.amax().expand_as(w.w13_global_scale).contiguous()
     return _run(p, weights=replace(w, w13_scale=folded, w13_global_scale=top))
-
-
-def _quantiser_and_epilogue_differ(p: Problem) -> torch.Tensor:
-    """NVFP4 activations quantised with one global scale and decoded with another, 13 times it."""
-
-    def quantise(x: torch.Tensor, which: int) -> torch.Tensor:
-        scale = nvfp4.global_scale_of(x.abs().amax())
-        packed, block = nvfp4.quantize(x, scale)
-        return nvfp4.dequantize(packed, block, scale * 13)
-
-    return _run(p, activation_quant=quantise)
 
 
 def _leading_zero(p: Problem) -> torch.Tensor:
@@ -171,6 +168,8 @@ def _shuffled_twice(p: Problem) -> torch.Tensor:
 
 def controls() -> list[Control]:
     """Every control that runs on any machine."""
+    from moe_backend.verify.w4a4_controls import w4a4_controls
+
     fp8 = Case("fp8_block", STEP, tokens=16, intermediate_size=384)
     fp4 = Case("nvfp4", STEP, tokens=16)
     bf16 = Case("bf16", STEP, tokens=16)
@@ -181,7 +180,6 @@ def controls() -> list[Control]:
         Control("even weights with whole-block scales", fp8, _block_scales_of_whole_blocks),
         Control("gate scale used for up", fp4, _gate_scale_for_up),
         Control("block scale folded with the global scale into e4m3", fp4, _scale_folded_into_e4m3),
-        Control("quantiser and epilogue scales differ", fp4, _quantiser_and_epilogue_differ),
         Control("clamp dropped", bf16, lambda p: _run(p, activation=SILU)),
         Control(
             "swiglustep taken for swigluoai",
@@ -193,4 +191,5 @@ def controls() -> list[Control]:
         Control("leading zero in expert offsets", bf16, _leading_zero),
         Control("32-bit offset wrap", bf16, _offset_wraps),
         Control("weights shuffled twice", bf16, _shuffled_twice),
+        *w4a4_controls(),
     ]

@@ -6,6 +6,9 @@ the formats' definitions, routing is a Python loop. Slow; for small problems onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from moe_backend.activation import Activation
@@ -87,6 +90,38 @@ def expert_matrices(weights: Weights, e: int) -> tuple[torch.Tensor, torch.Tenso
     )
 
 
+@dataclass(frozen=True)
+class Nvfp4Quantiser:
+    """Quantises a row to NVFP4 and back, by search in the tables of both formats.
+
+    Divisions are in fp32, as in every implementation: bf16 activations meet ties often, and a tie
+    that fp32 rounds to is one in float64 only almost.
+
+    Attributes:
+        global_scale: decode direction.
+    """
+
+    global_scale: float
+
+    def __call__(self, row: torch.Tensor) -> torch.Tensor:
+        blocks = row.float().view(-1, 16)
+        amax = blocks.abs().amax(1, keepdim=True)
+        scale = _nearest(amax / 6 / self.global_scale, _table(e4m3fn_value, 127)).float()
+        scale = torch.where(scale == 0, 2.0**-9, scale)  # never flushed to zero
+        scale = torch.where(amax > 0, scale, 1.0)
+        magnitude = _nearest(blocks.abs() / (scale * self.global_scale), _table(e2m1_value, 8))
+        return (magnitude * blocks.sign() * scale.double() * self.global_scale).view(-1)
+
+
+def _nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of an ascending table nearest to each value; at a tie, the one of even index."""
+    distance = (values[..., None] - table).abs()
+    tied = distance == distance.amin(-1, keepdim=True)
+    index = torch.arange(len(table)).expand_as(tied)
+    preferred = torch.where(tied, index % 2 * len(table) + index, 2 * len(table))
+    return table[preferred.argmin(-1)]
+
+
 def naive_experts(
     x: torch.Tensor,
     weights: Weights,
@@ -94,8 +129,13 @@ def naive_experts(
     topk_ids: torch.Tensor,
     activation: Activation,
     expert_map: torch.Tensor | None = None,
+    activation_quant: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Float64 `[T, H]`; arguments as in `kernels.reference.fused_experts`, on the CPU."""
+    """Float64 `[T, H]`; arguments as in `kernels.reference.fused_experts`, on the CPU.
+
+    Args:
+        activation_quant: replaces a row before w13 (second argument 1) and before w2 (2).
+    """
     out = torch.zeros(x.shape, dtype=torch.float64)
     matrices: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     for t in range(x.shape[0]):
@@ -109,6 +149,10 @@ def naive_experts(
                 matrices[e] = expert_matrices(weights, e)
             gate, up, down = matrices[e]
             xt = x[t].double()
+            if activation_quant is not None:
+                xt = activation_quant(xt, 1)
             hidden = activation(gate @ xt, up @ xt).double()
+            if activation_quant is not None:
+                hidden = activation_quant(hidden, 2)
             out[t] += topk_weights[t, k].double() * (down @ hidden)
     return out

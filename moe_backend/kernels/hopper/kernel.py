@@ -29,6 +29,7 @@ class HopperKernel:
 
     name = "hopper"
     graph_safe = True
+    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cuda":

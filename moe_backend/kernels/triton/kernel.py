@@ -46,6 +46,7 @@ class TritonKernel:
 
     name = "triton"
     graph_safe = True
+    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cuda":
