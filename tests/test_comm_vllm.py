@@ -502,7 +502,7 @@ def test_gpu_fallback_for_every_operation(ranks, tmp_path):
 def test_gpu_path_that_hangs_or_raises_is_refused(fault, tmp_path):
     began = time.monotonic()
     ended = run_ranks(gpu_rank, 2, tmp_path, {"custom": fault}, False, env={VARIABLE: "auto"})
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     assert all(e.exit_code not in (0, None) for e in ended)
     assert any(f"{VARIABLE}=-custom" in e.output for e in ended)
     assert len(list(tmp_path.rglob("*.pending"))) == 1
