@@ -91,12 +91,14 @@ class FusedMoE:
         layer = self.layer
         blocks = dict.fromkeys(by(b) for b in (layer.w13_block, layer.w2_block) if b is not None)
         block = f" {' and '.join(blocks)}" if blocks else ""
+        groups = self.selection.kernel.activation_groups(layer, tokens=1)
+        activations = "not quantised" if groups is None else f"fp8 1x{groups[0]}, 1x{groups[1]}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"
         return (
             f"format={layer.format}{block} layout={experts}, top-{layer.top_k}, "
             f"hidden {layer.hidden_size}, intermediate {layer.intermediate_size} "
             f"activation={layer.activation} kernel={self.selection.kernel.name} "
-            f"activations={self.selection.kernel.activations} ({self.selection.reason})"
+            f"activations={activations} ({self.selection.reason})"
         )
 
 

@@ -10,9 +10,11 @@ import torch
 from moe_backend.activation import Activation
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights
 from moe_backend.fused_moe import FusedMoE
+from moe_backend.kernels.registry import kernel_named
 from moe_backend.verify.metrics import difference
+from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import Case, build
-from moe_backend.verify.run import REL_L2, run_cases
+from moe_backend.verify.run import REL_L2, expected, passes, run_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -21,8 +23,15 @@ FORMATS = ("bf16", "fp8_block", "nvfp4")
 GRID = (128, 128)
 
 
-def on_gpu(case, seed=0):
-    """`(FusedMoE of the Triton kernel, problem)`, the layer's tensors on the GPU."""
+@pytest.fixture(params=["hopper", "triton"])
+def kernel(request):
+    if kernel_named(request.param).refusal(replace(build(Case("bf16", STEP)).layer, device="cuda")):
+        pytest.skip(f"{request.param} does not run on this GPU")
+    return request.param
+
+
+def on_gpu(case, kernel, seed=0):
+    """`(FusedMoE of the kernel, problem)`, the layer's tensors on the GPU."""
     problem = build(case, seed)
     moved = {
         name: value.cuda()
@@ -30,7 +39,12 @@ def on_gpu(case, seed=0):
         if isinstance(value, torch.Tensor)
     }
     layer = replace(problem.layer, device="cuda")
-    return FusedMoE(layer, replace(problem.weights, **moved), kernel="triton"), problem
+    return FusedMoE(layer, replace(problem.weights, **moved), kernel=kernel), problem
+
+
+def right(out, problem, fused):
+    groups = fused.selection.kernel.activation_groups(fused.layer, len(problem.x))
+    return passes(difference(out, expected(problem, groups)), problem.case, quantised=bool(groups))
 
 
 def inputs(problem):
@@ -45,28 +59,28 @@ def inputs(problem):
 
 def test_every_case_on_every_kernel():
     results = list(run_cases(device="cuda"))
-    assert {r.kernel for r in results} == {"triton", "reference"}
+    assert {r.kernel for r in results} >= {"triton", "reference"}
     assert [r for r in results if not r.ok] == []
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 31, 64, 127, 129, 304, 1000])
-def test_token_counts(name, tokens):
-    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"))
-    assert difference(fused(*inputs(problem)), problem.reference).within(REL_L2)
+def test_token_counts(name, tokens, kernel):
+    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"), kernel)
+    assert right(fused(*inputs(problem)), problem, fused)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_repeated_runs_are_bit_identical(name):
-    fused, problem = on_gpu(Case(name, STEP, tokens=129))
+def test_repeated_runs_are_bit_identical(name, kernel):
+    fused, problem = on_gpu(Case(name, STEP, tokens=129), kernel)
     given = inputs(problem)
     first = fused(*given)
     assert all(torch.equal(fused(*given), first) for _ in range(20))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_host_read(name):
-    fused, problem = on_gpu(Case(name, STEP, tokens=31, layout="ep"))
+def test_no_host_read(name, kernel):
+    fused, problem = on_gpu(Case(name, STEP, tokens=31, layout="ep"), kernel)
     given = inputs(problem)
     fused(*given)  # compiles
     torch.cuda.synchronize()
@@ -75,14 +89,14 @@ def test_no_host_read(name):
         out = fused(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert difference(out, problem.reference).within(REL_L2)
+    assert right(out, problem, fused)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 16, 64])
-def test_graph_replays_with_other_routings(name, tokens):
+def test_graph_replays_with_other_routings(name, tokens, kernel):
     case = Case(name, STEP, tokens=tokens, layout="ep")
-    fused, problem = on_gpu(case)
+    fused, problem = on_gpu(case, kernel)
     held = [None if t is None else t.clone() for t in inputs(problem)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -98,16 +112,14 @@ def test_graph_replays_with_other_routings(name, tokens):
         held[1].copy_(other.topk_weights)
         held[2].copy_(other.topk_ids)
         graph.replay()
-        from moe_backend.verify.naive import naive_experts
-
-        expected = naive_experts(
+        reference = naive_experts(
             other.x, weights_of, other.topk_weights, other.topk_ids, STEP, other.expert_map
         )
-        assert difference(out, expected).within(REL_L2)
+        assert right(out, replace(other, weights=weights_of, reference=reference), fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_weights_over_4_gib(dtype):
+def test_weights_over_4_gib(dtype, kernel):
     """All experts hold the same weights but the last; an offset that wraps reads another's."""
     hidden, intermediate = 4096, 4096
     size = 2 * intermediate * hidden * dtype.itemsize
@@ -137,7 +149,6 @@ def test_weights_over_4_gib(dtype):
     x = torch.randn(3, hidden, device="cuda", generator=g).bfloat16()
     ids = torch.full((3, 1), experts - 1, dtype=torch.int32, device="cuda")
     ones = torch.ones(3, 1, device="cuda")
-    outputs = [
-        FusedMoE(layer, weights, kernel=kernel)(x, ones, ids) for kernel in ("triton", "reference")
-    ]
-    assert difference(*outputs).within(REL_L2)
+    outputs = [FusedMoE(layer, weights, kernel=k)(x, ones, ids) for k in (kernel, "reference")]
+    # Activations quantised to fp8 or not: 4 %; another expert's weights are zero.
+    assert difference(*outputs).within(REL_L2 if dtype == torch.bfloat16 else 0.08, norm=0.05)

@@ -143,7 +143,7 @@ def test_kernel_can_be_forced(monkeypatch):
         registry.select(build(Case("nvfp4", STEP)).layer)
     monkeypatch.setenv("MOE_BACKEND_KERNEL", "nonesuch")
     with pytest.raises(
-        ValueError, match="'nonesuch' is unknown; accepted: triton, vllm_cpu, reference"
+        ValueError, match="'nonesuch' is unknown; accepted: hopper, triton, vllm_cpu, reference"
     ):
         registry.select(layer)
 

@@ -116,7 +116,7 @@ def test_command_fails_on_an_uncaught_control(monkeypatch, capsys):
 
 def test_command_refuses_an_unknown_kernel(capsys):
     assert cli.main(["verify", "--kernel", "nonesuch"]) == 1
-    assert "accepted: triton, vllm_cpu, reference" in capsys.readouterr().err
+    assert "accepted: hopper, triton, vllm_cpu, reference" in capsys.readouterr().err
 
 
 def test_results_of_controls_name_them():

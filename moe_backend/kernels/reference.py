@@ -107,13 +107,15 @@ class ReferenceKernel:
 
     name = "reference"
     graph_safe = False
-    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         return None
 
     def preference(self, layer: LayerConfig) -> str:
         return "plain torch runs every format on every device"
+
+    def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
+        return None
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         return weights.tensors()

@@ -83,18 +83,19 @@ class Kernel(Protocol):
     Attributes:
         name: what logs and flags call it.
         graph_safe: whether a call may be captured in a CUDA graph.
-        activations: how it treats the activations, for the log (`bf16`, `fp8 1x128`, ...).
     """
 
     name: str
     graph_safe: bool
-    activations: str
 
     def refusal(self, layer: LayerConfig) -> str | None:
         """Why this kernel cannot run the layer, or None if it can."""
 
     def preference(self, layer: LayerConfig) -> str:
         """Why it is the right one where it does not refuse; a clause for the log."""
+
+    def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
+        """Columns that share an fp8 scale in the input of w13 and of w2; None: not quantised."""
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         """Turn canonical weights into the tensors that `apply` reads; once per load."""
@@ -121,11 +122,12 @@ class Selection:
 
 def kernels() -> list[Kernel]:
     """All kernels, the preferred first."""
+    from moe_backend.kernels.hopper.kernel import HopperKernel
     from moe_backend.kernels.reference import ReferenceKernel
     from moe_backend.kernels.triton.kernel import TritonKernel
     from moe_backend.kernels.vllm_cpu import VllmCpuKernel
 
-    return [TritonKernel(), VllmCpuKernel(), ReferenceKernel()]
+    return [HopperKernel(), TritonKernel(), VllmCpuKernel(), ReferenceKernel()]
 
 
 def kernel_named(name: str) -> Kernel:

@@ -23,7 +23,6 @@ class VllmCpuKernel:
 
     name = "vllm_cpu"
     graph_safe = False
-    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cpu":
@@ -46,6 +45,9 @@ class VllmCpuKernel:
 
     def preference(self, layer: LayerConfig) -> str:
         return "vLLM's CPU kernel is the faster one for bf16 silu up to 30 tokens per expert"
+
+    def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
+        return None
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         assert isinstance(weights, Bf16Weights)

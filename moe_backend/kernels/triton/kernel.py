@@ -20,8 +20,8 @@ from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 # Outputs before the sum over top-k are fp32; 2**27 of them are half a GiB, 4096 tokens of Step-3.5.
 PARTIAL_ELEMENTS = 2**27
 
-_FORMATS = {Bf16Weights.name: 0, Fp8BlockWeights.name: 1, Nvfp4Weights.name: 2}
-_ACTIVATIONS = {
+FORMATS = {Bf16Weights.name: 0, Fp8BlockWeights.name: 1, Nvfp4Weights.name: 2}
+ACTIVATIONS = {
     ActivationKind.SILU: 0,
     ActivationKind.SWIGLUSTEP: 1,
     ActivationKind.CLAMPED_SILU: 2,
@@ -46,7 +46,6 @@ class TritonKernel:
 
     name = "triton"
     graph_safe = True
-    activations = "not quantised"
 
     def refusal(self, layer: LayerConfig) -> str | None:
         if layer.device != "cuda":
@@ -64,6 +63,9 @@ class TritonKernel:
 
     def preference(self, layer: LayerConfig) -> str:
         return "Triton runs every format and activation, also in CUDA graphs"
+
+    def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
+        return None
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         return weights.tensors()
@@ -136,7 +138,7 @@ def run(
         return out
     h, i, slots = layer.hidden_size, layer.intermediate_size, tokens * top_k
     block = blocks(layer, tokens)
-    w13, w13_scale, w13_global, w2, w2_scale, w2_global = _unpack(layer, tensors)
+    w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
     plan = plan_routing(topk_ids, layer.num_local_experts, expert_map)
     tile_expert, tile_first = tiles(plan, slots, layer.num_local_experts, block.m)
     weights = topk_weights.float().contiguous()
@@ -146,7 +148,7 @@ def run(
     n2, s2 = layer.w2_block or (1, 16)
     compute = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     shared = {
-        "FORMAT": _FORMATS[layer.format],
+        "FORMAT": FORMATS[layer.format],
         "WEIGHT_ON_INPUT": layer.apply_router_weight_on_input,
         "BLOCK_M": block.m,
         "BLOCK_N": block.n,
@@ -160,7 +162,7 @@ def run(
         plan.slots, plan.expert_offsets, tile_expert, tile_first,
         activation.limit or 0.0, activation.alpha, activation.beta,
         h, i, x.stride(0), w13.stride(0), w13.stride(1), *_strides(w13_scale),
-        TOP_K=top_k, ACTIVATION=_ACTIVATIONS[activation.kind],
+        TOP_K=top_k, ACTIVATION=ACTIVATIONS[activation.kind],
         SCALE_N=n13, SCALE_K=s13, BLOCK_K=block.k13, **shared,
     )  # fmt: skip
     device.down_kernel[(len(tile_expert), cdiv(h, block.n))](
@@ -174,7 +176,7 @@ def run(
     return out
 
 
-def _unpack(layer: LayerConfig, tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+def unpack(layer: LayerConfig, tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
     """w13, its scale and global scale, w2 likewise; absent ones stand for themselves by `w13`."""
     w13 = tensors[0]
     if layer.format == Bf16Weights.name:

@@ -1,0 +1,1 @@
+"""Grouped GEMMs for NVIDIA Hopper (compute capability 9.0)."""

@@ -1,0 +1,513 @@
+"""Device code for Hopper: one routing launch, two grouped GEMMs, one sum.
+
+Weights are the first operand of every product: a tile of 64 to 256 weight rows is the wide side of
+a warp-group MMA and the few tokens of an expert its narrow one, so one row per expert wastes
+little. The tensor memory accelerator brings weight tiles from the checkpoint's own layout. It sees
+`w13` as `[E, I / 8, (gate, up), 8, H]`, so a tile holds gate and up rows in turns of eight, and the
+accumulators of a gate row and of its up row lie in the same thread.
+
+FP8 weights meet activations quantised per token and 128 columns (the hidden ones per token and tile
+of rows), each partial sum of at most 128 products scaled in fp32. NVFP4 codes become bf16 times
+their block scale in registers, exactly, and meet bf16 activations.
+
+Sums are in a fixed order, with no atomics: repeated runs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate, _e2m1
+
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
+
+# Four bytes, each two e2m1 codes of one row, to bf16 times the scale of each byte: low nibbles to
+# $0 and $1, high ones to $2 and $3. A code's three low bits, put at bits 6..8 of a bf16, read as
+# its magnitude times 2**-126, subnormal or not; the scales carry 2**118 and the caller the rest.
+_DECODE: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, s, m;
+    prmt.b32 a, $4, 0, 0x1404;
+    prmt.b32 b, $4, 0, 0x3424;
+    shl.b32 s, a, 4;
+    shr.b32 m, a, 2;
+    and.b32 m, m, 0x01C001C0;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mul.rn.bf16x2 $0, m, $5;
+    shl.b32 s, b, 4;
+    shr.b32 m, b, 2;
+    and.b32 m, m, 0x01C001C0;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mul.rn.bf16x2 $1, m, $6;
+    shr.b32 m, a, 6;
+    and.b32 m, m, 0x01C001C0;
+    lop3.b32 m, a, 0x80008000, m, 0xEA;
+    mul.rn.bf16x2 $2, m, $5;
+    shr.b32 m, b, 6;
+    and.b32 m, m, 0x01C001C0;
+    lop3.b32 m, b, 0x80008000, m, 0xEA;
+    mul.rn.bf16x2 $3, m, $6;
+    }
+    """
+)
+
+
+@triton.jit
+def _nvfp4_position(k):
+    """Where column `k` of an NVFP4 operand lies among the columns that the MMA sees.
+
+    In each block of 256 columns the even ones (low nibbles) come first. Of 16 bytes, thread t of
+    four reads 4t..4t+3, and the MMA takes them from it as columns 2t, 2t+1, 2t+8, 2t+9.
+    """
+    byte = (k % 256) // 2
+    return (
+        (k // 256) * 256 + (k % 2) * 128 + (byte // 16) * 16
+        + (byte % 4) // 2 * 8 + (byte % 16) // 4 * 2 + byte % 2
+    )  # fmt: skip
+
+
+@triton.jit
+def _nvfp4_column(position):
+    """The inverse of `_nvfp4_position`."""
+    p = position % 128
+    byte = p // 16 * 16 + (p % 8) // 2 * 4 + (p % 16) // 8 * 2 + p % 2
+    return position // 256 * 256 + 2 * byte + (position % 256) // 128
+
+
+@triton.jit
+def route_kernel(
+    x,
+    ids,
+    expert_map,
+    topk_weights,
+    operand,
+    operand_scale,
+    slots,
+    ends,
+    num_slots,
+    num_local,
+    H,
+    HAS_MAP: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Slots grouped by local expert, and activations as the first GEMM wants them.
+
+    Program e < num_local lists the slots of local expert e in token order; the others take one
+    token each. `slots` and `ends` are those of `layout.routing.RoutingPlan`, without the dropped.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid < num_local:
+        count = 0
+        position = 0
+        for first in range(0, num_slots, CHUNK):
+            slot = first + tl.arange(0, CHUNK)
+            expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
+            if HAS_MAP:
+                expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+            position += tl.sum(((expert >= 0) & (expert < pid)).to(tl.int32), 0)
+            count += tl.sum((expert == pid).to(tl.int32), 0)
+        tl.store(ends + pid, position + count)
+        if count > 0:
+            for first in range(0, num_slots, CHUNK):
+                slot = first + tl.arange(0, CHUNK)
+                expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
+                if HAS_MAP:
+                    expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+                hit = (expert == pid).to(tl.int32)
+                tl.store(slots + position + tl.cumsum(hit, 0) - 1, slot, mask=hit > 0)
+                position += tl.sum(hit, 0)
+    elif FORMAT != BF16 or WEIGHT_ON_INPUT:
+        token = (pid - num_local).to(tl.int64)
+        group = tl.arange(0, BLOCK_H // 128)
+        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        source = _nvfp4_column(column) if FORMAT == NVFP4 else column
+        value = tl.load(x + token * H + source, mask=source < H, other=0.0).to(tl.float32)
+        if WEIGHT_ON_INPUT:
+            value *= tl.load(topk_weights + token)
+        if FORMAT == FP8_BLOCK:
+            amax = tl.max(tl.abs(value), 1)
+            scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+            value = value / scale[:, None]
+            groups = tl.cdiv(H, 128)
+            tl.store(operand_scale + token * groups + group, scale, mask=group < groups)
+        width = tl.cdiv(H, 256) * 256 if FORMAT == NVFP4 else H
+        tl.store(
+            operand + token * width + column, value.to(operand.dtype.element_ty), column < width
+        )
+
+
+@triton.jit
+def _schedule(ends, num_local, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First and end position of every expert's slots, and the running number of its tiles."""
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(ends + expert, mask=expert < num_local, other=0)
+    start = tl.load(ends + expert - 1, mask=(expert < num_local) & (expert > 0), other=0)
+    return expert, start, end, tl.cumsum((end - start + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
+def _tile(t, blocks, expert, start, end, tiles, BLOCK_M: tl.constexpr):
+    """Expert, first position, end position and row block of tile `t`.
+
+    The tiles of an expert that share weights are neighbours.
+    """
+    e = tl.sum((tiles * blocks <= t).to(tl.int32), 0)
+    own = expert == e
+    first = tl.sum(tl.where(own, start, 0), 0)
+    last = tl.sum(tl.where(own, end, 0), 0)
+    after = tl.sum(tl.where(own, tiles, 0), 0)
+    count = (last - first + BLOCK_M - 1) // BLOCK_M
+    rest = t - (after - count) * blocks
+    return e, first + (rest % count) * BLOCK_M, last, rest // count
+
+
+@triton.jit
+def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE: tl.constexpr):
+    """`[ROWS, 128]` bytes and `[ROWS, 16]` e4m3 scales as bf16 operands for even and odd columns.
+
+    Columns are in the order of `_nvfp4_position`, values 2**-8 times what they stand for.
+    """
+    if PTX:
+        spread = (scale.to(tl.float32) * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
+        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 8)).reshape(ROWS, 128)
+        even, odd = tl.inline_asm_elementwise(
+            _DECODE, "=r,=r,=r,=r,r,r,r", [packed, spread],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        spread = scale.to(tl.float32) * 0.00390625
+        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 8)).reshape(ROWS, 128)
+        even = (_e2m1(packed & 15, tl.float32) * spread).to(COMPUTE)
+        odd = (_e2m1(packed >> 4, tl.float32) * spread).to(COMPUTE)
+    even = even.reshape(ROWS, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, 128)
+    odd = odd.reshape(ROWS, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, 128)
+    return even, odd
+
+
+@triton.jit
+def gate_up_kernel(
+    operand,
+    operand_scale,
+    w13,
+    w13_scale,
+    w13_global,
+    hidden,
+    hidden_scale,
+    slots,
+    ends,
+    limit,
+    alpha,
+    beta,
+    num_local,
+    H,
+    I,
+    operand_width,
+    hidden_width,
+    scale_rows,
+    scale_columns,
+    TOP_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`hidden[position] = act(gate, up)`: BLOCK_I hidden columns of up to BLOCK_M slots a tile."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    ROWS: tl.constexpr = 2 * BLOCK_I
+    blocks = tl.cdiv(I, BLOCK_I)
+    steps = tl.cdiv(H, BLOCK_K)
+    expert, start, end, tiles = _schedule(ends, num_local, EXPERTS, BLOCK_M)
+    row = tl.arange(0, ROWS)
+    up_row = (row // 8) % 2
+    i_row = (row // 16) * 8 + row % 8
+    k = tl.arange(0, BLOCK_K)
+    for t in range(tl.program_id(0), tl.max(tiles, 0) * blocks, tl.num_programs(0)):
+        e, m0, last, block = _tile(t, blocks, expert, start, end, tiles, BLOCK_M)
+        m = m0 + tl.arange(0, BLOCK_M)
+        valid = m < last
+        token = tl.load(slots + m, mask=valid, other=0) // TOP_K
+        x_row = operand + token.to(tl.int64)[:, None] * operand_width
+        i = block * BLOCK_I + i_row
+        inside = i < I
+        if SPLIT:
+            gate = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+            up = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+            if FORMAT == FP8_BLOCK:
+                sx_row = operand_scale + token * tl.cdiv(H, 128)
+                # A tile of rows lies within one block of scales.
+                sg_row = w13_scale + e * 2 * scale_rows * scale_columns
+                sg_row += block * BLOCK_I // SCALE_N * scale_columns
+                su_row = sg_row + scale_rows * scale_columns
+                sx = tl.load(sx_row, mask=valid, other=0.0)
+                sg = tl.load(sg_row)
+                su = tl.load(su_row)
+                for step in tl.range(0, steps, num_stages=STAGES):
+                    k0 = step * BLOCK_K
+                    wg = w13.load([e * 2, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
+                    wu = w13.load([e * 2 + 1, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
+                    x = tl.load(
+                        x_row + (k0 + k)[None, :],
+                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
+                    )  # fmt: skip
+                    x = tl.trans(x)
+                    gate_part = tl.dot(wg, x)
+                    up_part = tl.dot(wu, x)
+                    # The scales of the next step are on their way while this one is multiplied.
+                    k1 = tl.minimum(step + 1, steps - 1) * BLOCK_K
+                    next_sx = tl.load(sx_row + k1 // 128, mask=valid, other=0.0)
+                    next_sg = tl.load(sg_row + k1 // SCALE_K)
+                    next_su = tl.load(su_row + k1 // SCALE_K)
+                    gate += gate_part * (sg * sx)[None, :]
+                    up += up_part * (su * sx)[None, :]
+                    sx = next_sx
+                    sg = next_sg
+                    su = next_su
+            else:
+                for step in tl.range(0, steps, num_stages=STAGES):
+                    k0 = step * BLOCK_K
+                    wg = w13.load([e * 2, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
+                    wu = w13.load([e * 2 + 1, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
+                    x = tl.load(
+                        x_row + (k0 + k)[None, :],
+                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
+                    )  # fmt: skip
+                    x = tl.trans(x)
+                    gate = tl.dot(wg, x, gate)
+                    up = tl.dot(wu, x, up)
+            h = _activate(gate, up, limit, alpha, beta, ACTIVATION)
+        else:
+            acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+            if FORMAT == FP8_BLOCK:
+                sx_row = operand_scale + token * tl.cdiv(H, 128)
+                sw_row = w13_scale + ((e * 2 + up_row) * scale_rows + i // SCALE_N) * scale_columns
+                sx = tl.load(sx_row, mask=valid, other=0.0)
+                sw = tl.load(sw_row, mask=inside, other=0.0)
+                for step in tl.range(0, steps, num_stages=STAGES):
+                    k0 = step * BLOCK_K
+                    w = w13.load([e, block * (BLOCK_I // 8), 0, 0, k0]).reshape(ROWS, BLOCK_K)
+                    x = tl.load(
+                        x_row + (k0 + k)[None, :],
+                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
+                    )  # fmt: skip
+                    part = tl.dot(w, tl.trans(x))
+                    # The scales of the next step are on their way while this one is multiplied.
+                    k1 = tl.minimum(step + 1, steps - 1) * BLOCK_K
+                    next_sx = tl.load(sx_row + k1 // 128, mask=valid, other=0.0)
+                    next_sw = tl.load(sw_row + k1 // SCALE_K, mask=inside, other=0.0)
+                    acc += part * sw[:, None] * sx[None, :]
+                    sx = next_sx
+                    sw = next_sw
+            elif FORMAT == NVFP4:
+                group = tl.arange(0, 16)
+                s_row = w13_scale + ((e * 2 + up_row).to(tl.int64) * I + i)[:, None] * scale_columns
+                half = tl.arange(0, 128)
+                for step in tl.range(0, steps, num_stages=STAGES):
+                    packed = w13.load([e, block * (BLOCK_I // 8), 0, 0, step * 128]).reshape(
+                        ROWS, 128
+                    )
+                    g = step * 16 + group
+                    scale = tl.load(
+                        s_row + g[None, :],
+                        mask=inside[:, None] & (g < scale_columns)[None, :], other=0.0,
+                    )  # fmt: skip
+                    x_even = tl.load(
+                        x_row + (step * 256 + half)[None, :], valid[:, None], other=0.0
+                    )
+                    x_odd = tl.load(
+                        x_row + (step * 256 + 128 + half)[None, :], valid[:, None], other=0.0
+                    )
+                    even, odd = _decode_nvfp4(packed, scale, ROWS, PTX, operand.dtype.element_ty)
+                    acc = tl.dot(even, tl.trans(x_even), acc)
+                    acc = tl.dot(odd, tl.trans(x_odd), acc)
+                factor = tl.load(w13_global + e * 2 + up_row)
+                acc *= factor[:, None] * 256.0  # 2**126 / 2**118
+            else:
+                for step in tl.range(0, steps, num_stages=STAGES):
+                    k0 = step * BLOCK_K
+                    w = w13.load([e, block * (BLOCK_I // 8), 0, 0, k0]).reshape(ROWS, BLOCK_K)
+                    x = tl.load(
+                        x_row + (k0 + k)[None, :],
+                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
+                    )  # fmt: skip
+                    acc = tl.dot(w, tl.trans(x), acc)
+            pair = acc.reshape(BLOCK_I // 8, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+            gate, up = tl.split(pair)
+            h = _activate(gate, up, limit, alpha, beta, ACTIVATION).reshape(BLOCK_I, BLOCK_M)
+        n = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        if FORMAT == FP8_BLOCK:
+            amax = tl.max(tl.abs(h), 0)
+            scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+            h = h / scale[None, :]
+            tl.store(hidden_scale + m * blocks + block, scale, mask=valid)
+        where = _nvfp4_position(n) if FORMAT == NVFP4 else n
+        tl.store(
+            hidden + m.to(tl.int64)[:, None] * hidden_width + where[None, :],
+            tl.trans(h.to(hidden.dtype.element_ty)),
+            mask=valid[:, None] & (n < I)[None, :],
+        )
+
+
+@triton.jit
+def down_kernel(
+    hidden,
+    hidden_scale,
+    w2,
+    w2_scale,
+    w2_global,
+    topk_weights,
+    partial,
+    slots,
+    ends,
+    num_local,
+    H,
+    I,
+    hidden_width,
+    scale_rows,
+    scale_columns,
+    FORMAT: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`partial[slot] = topk_weight * hidden[position] @ w2.T`: BLOCK_H columns of a tile."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    UNIFORM: tl.constexpr = SCALE_N % BLOCK_H == 0  # one scale for all rows of a tile
+    blocks = tl.cdiv(H, BLOCK_H)
+    steps = tl.cdiv(I, BLOCK_K)
+    expert, start, end, tiles = _schedule(ends, num_local, EXPERTS, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    for t in range(tl.program_id(0), tl.max(tiles, 0) * blocks, tl.num_programs(0)):
+        e, m0, last, block = _tile(t, blocks, expert, start, end, tiles, BLOCK_M)
+        m = m0 + tl.arange(0, BLOCK_M)
+        valid = m < last
+        x_row = hidden + m.to(tl.int64)[:, None] * hidden_width
+        n = block * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = n < H
+        acc = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
+        if FORMAT == FP8_BLOCK:
+            sx_row = hidden_scale + m * tl.cdiv(I, GROUP)
+            sw_row = w2_scale + e * scale_rows * scale_columns
+            if UNIFORM:
+                sw_row += block * BLOCK_H // SCALE_N * scale_columns
+                sw = tl.load(sw_row)
+            else:
+                sw_row += n // SCALE_N * scale_columns
+                sw = tl.load(sw_row, mask=inside, other=0.0)
+            sx = tl.load(sx_row, mask=valid, other=0.0)
+            for step in tl.range(0, steps, num_stages=STAGES):
+                k0 = step * BLOCK_K
+                w = w2.load([e, block * BLOCK_H, k0]).reshape(BLOCK_H, BLOCK_K)
+                x = tl.load(
+                    x_row + (k0 + k)[None, :],
+                    mask=valid[:, None] & (k0 + k < I)[None, :], other=0.0,
+                )  # fmt: skip
+                part = tl.dot(w, tl.trans(x))
+                k1 = tl.minimum(step + 1, steps - 1) * BLOCK_K
+                next_sx = tl.load(sx_row + k1 // GROUP, mask=valid, other=0.0)
+                if UNIFORM:
+                    acc += part * (sx * sw)[None, :]
+                    sw = tl.load(sw_row + k1 // SCALE_K)
+                else:
+                    next_sw = tl.load(sw_row + k1 // SCALE_K, mask=inside, other=0.0)
+                    acc += part * sw[:, None] * sx[None, :]
+                    sw = next_sw
+                sx = next_sx
+        elif FORMAT == NVFP4:
+            group = tl.arange(0, 16)
+            s_row = w2_scale + (e.to(tl.int64) * H + n)[:, None] * scale_columns
+            half = tl.arange(0, 128)
+            for step in tl.range(0, steps, num_stages=STAGES):
+                packed = w2.load([e, block * BLOCK_H, step * 128]).reshape(BLOCK_H, 128)
+                g = step * 16 + group
+                scale = tl.load(
+                    s_row + g[None, :],
+                    mask=inside[:, None] & (g < scale_columns)[None, :], other=0.0,
+                )  # fmt: skip
+                # Columns past the end were never written.
+                p = step * 256 + half
+                x_even = tl.load(
+                    x_row + p[None, :],
+                    mask=valid[:, None] & (_nvfp4_column(p) < I)[None, :], other=0.0,
+                )  # fmt: skip
+                x_odd = tl.load(
+                    x_row + (p + 128)[None, :],
+                    mask=valid[:, None] & (_nvfp4_column(p + 128) < I)[None, :], other=0.0,
+                )  # fmt: skip
+                even, odd = _decode_nvfp4(packed, scale, BLOCK_H, PTX, hidden.dtype.element_ty)
+                acc = tl.dot(even, tl.trans(x_even), acc)
+                acc = tl.dot(odd, tl.trans(x_odd), acc)
+            acc *= tl.load(w2_global + e) * 256.0
+        else:
+            for step in tl.range(0, steps, num_stages=STAGES):
+                k0 = step * BLOCK_K
+                w = w2.load([e, block * BLOCK_H, k0]).reshape(BLOCK_H, BLOCK_K)
+                x = tl.load(
+                    x_row + (k0 + k)[None, :],
+                    mask=valid[:, None] & (k0 + k < I)[None, :], other=0.0,
+                )  # fmt: skip
+                acc = tl.dot(w, tl.trans(x), acc)
+        slot = tl.load(slots + m, mask=valid, other=0)
+        if not WEIGHT_ON_INPUT:
+            acc *= tl.load(topk_weights + slot, mask=valid, other=0.0)[None, :]
+        tl.store(
+            partial + slot.to(tl.int64)[:, None] * H + n[None, :],
+            tl.trans(acc.to(partial.dtype.element_ty)),
+            mask=valid[:, None] & inside[None, :],
+        )
+
+
+@triton.jit
+def sum_kernel(
+    partial,
+    ids,
+    expert_map,
+    out,
+    H,
+    HAS_MAP: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`out[token] = sum over k of partial[token, k]` in order of k, dropped slots left out."""
+    if PDL:
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        expert = tl.load(ids + token * TOP_K + k)
+        if HAS_MAP:
+            expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+        columns = tl.where(expert >= 0, H, 0)  # a dropped slot's row was never written
+        part = partial + (token * TOP_K + k) * H + column
+        acc += tl.load(part, mask=column < columns, other=0.0).to(tl.float32)
+    tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

@@ -1,0 +1,89 @@
+"""Tile sizes of the Hopper kernels by format and slots per expert.
+
+Measured on an H200; `docs/kernels.md` says what was tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
+from moe_backend.kernels.registry import LayerConfig
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One GEMM's tile and launch.
+
+    Attributes:
+        m: slots of one expert, from 16.
+        n: output columns: hidden columns of the first GEMM (each one gate and one up row).
+        k: depth of one step.
+        warps, stages: of the launch; per_sm: programs that share a multiprocessor.
+        split: (first GEMM) gate and up rows in two tiles rather than in turns of eight in one.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    per_sm: int
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of both GEMMs."""
+
+    gate_up: Tile
+    down: Tile
+
+
+def choose(layer: LayerConfig, tokens: int) -> Tiles:
+    """Tiles for a call with this many tokens, by the average number of slots per expert."""
+    slots = tokens * layer.top_k / layer.num_experts
+    if layer.format == Fp8BlockWeights.name:
+        return _fp8(layer, slots)
+    if layer.format == Nvfp4Weights.name:
+        return _nvfp4(slots)
+    assert layer.format == Bf16Weights.name
+    return _bf16(slots)
+
+
+def _fp8(layer: LayerConfig, slots: float) -> Tiles:
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
+    k13 = min(128, k13)
+    m = 16 if slots <= 12 else 32
+    if scale_rows % 64 or layer.intermediate_size % 64:
+        # Tiles of 64 gate rows and 64 up rows need one scale for all rows of each.
+        k2 = min(32, k2)
+        if slots <= 60:
+            return Tiles(Tile(m, 32, k13, 4, 6, 3), Tile(m, 256, k2, 4, 4, 3))
+        return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, k2, 4, 5, 2))
+    small = layer.intermediate_size <= 512  # few steps in the second GEMM: make them deep
+    if scale_rows % 128 or layer.intermediate_size % 128 or (slots < 4 and not small):
+        k2 = min(64, k2)
+        return Tiles(Tile(m, 64, k13, 4, 5, 3, True), Tile(m, 128, k2, 4, 5, 4))
+    k2 = min(128, k2)
+    if m == 16:
+        second = Tile(16, 256, k2, 4, 2, 3) if small else Tile(16, 128, k2, 4, 4, 3)
+        return Tiles(Tile(16, 128, k13, 4, 4, 2, True), second)
+    return Tiles(Tile(32, 128, k13, 4, 3, 2, True), Tile(32, 256, k2, 4, 3, 2))
+
+
+def _nvfp4(slots: float) -> Tiles:
+    if slots <= 4:
+        return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
+    if slots <= 40:
+        m = 16 if slots <= 12 else 32
+        return Tiles(Tile(m, 64, 256, 4, 3, 2), Tile(m, 128, 256, 4, 3, 2))
+    return Tiles(Tile(64, 128, 256, 8, 3, 1), Tile(64, 256, 256, 8, 3, 1))
+
+
+def _bf16(slots: float) -> Tiles:
+    if slots <= 12:
+        return Tiles(Tile(16, 64, 64, 4, 5, 2, True), Tile(16, 128, 64, 4, 5, 2))
+    return Tiles(Tile(64, 64, 64, 4, 5, 2), Tile(64, 128, 64, 4, 5, 2))
