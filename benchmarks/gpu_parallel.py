@@ -48,7 +48,8 @@ LINES = ("collectives of", "all-reduce backends", "kernel=", "a path hangs", "gr
 class Run:
     """One server, tensor parallel unless `data_parallel`, which is with its experts spread.
 
-    `reduces`: the path of which the run is the test, if it is of one.
+    `reduces`: the path of which the run is the test, if it is of one. `faulty`: vLLM's own kernels
+    give the wrong sign on rank 1, and the start has to find out.
     """
 
     format: str
@@ -56,11 +57,12 @@ class Run:
     expert_parallel: bool = False
     data_parallel: bool = False
     reduces: str = ""
+    faulty: bool = False
 
     @property
     def name(self) -> str:
         layout = " dp ep" if self.data_parallel else " ep" if self.expert_parallel else ""
-        return f"{self.format}{layout} {self.setting}"
+        return f"{self.format}{layout} {self.setting}{' faulty' if self.faulty else ''}"
 
 
 RUNS = (
@@ -70,7 +72,9 @@ RUNS = (
     Run("fp8-block", "symm_mem", reduces="symm_mem"),
     Run("fp8-block", "-custom"),
     Run("fp8-block", expert_parallel=True, reduces="custom"),
+    Run("fp8-block", "auto", faulty=True),
     Run("fp8-block", data_parallel=True),
+    Run("fp8-block", "probe", reduces="custom"),
     Run("nvfp4-ct", reduces="custom"),
     Run("bf16", reduces="custom"),
     Run("fp8-block", "custom", reduces="custom"),
@@ -81,6 +85,7 @@ RUNS = (
     Run("nvfp4-modelopt", reduces="custom"),
     Run("fp8-block", "flashinfer", reduces="flashinfer"),
     Run("fp8-block", "on", reduces="custom"),
+    Run("fp8-block", "-pynccl", reduces="custom"),
 )
 
 
@@ -233,6 +238,8 @@ class Session:
             env[VARIABLE] = run.setting
         if run.reduces == "symm_mem" and env["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1":
             env["GPU_PARALLEL_TWO_SHOT"] = "1"
+        if run.faulty:
+            env["GPU_PARALLEL_FAULTY"] = "1"
         began = time.monotonic()
         command = [sys.executable, str(HERE / "gpu_parallel_serve.py"), json.dumps(job)]
         code, said = self.call(command, env)
@@ -260,6 +267,8 @@ class Session:
         differ = [number for number, (a, b) in enumerate(pairs) if a != b]
         used = not run.reduces or row["calls"].get(run.reduces, 0) > row["checked"]
         used = used or row["devices"] == ["cpu"]  # where this script is only tried out
+        if run.faulty:
+            used = any(" off (gave a wrong result" in line for line in row["log"])
         return {
             "ok": not differ and used and row["right"] >= 0.97,
             "differ": differ,

@@ -1,7 +1,8 @@
 """What `gpu_parallel.py` has vLLM import in each worker before the worker builds any group.
 
-It counts the calls of every path, at capture and in eager steps, and lets vLLM's symmetric memory
-run without NVLink multicast. Private names as in vLLM 0.33.0 `distributed/device_communicators/`.
+It counts the calls of every path, at capture and in eager steps; lets vLLM's symmetric memory run
+without NVLink multicast; and plants a fault, if it is told to. Private names as in vLLM 0.33.0
+`distributed/device_communicators/`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from moe_backend.engines import vllm_comm_start
 from moe_backend.engines.vllm_comm_switch import TorchInsteadOfPyNccl
@@ -41,9 +44,17 @@ def count(path: str, owner: Any, method: str) -> None:
     @functools.wraps(original)
     def counted(*args: Any, **more: Any) -> Any:
         calls[path] += 1
-        return original(*args, **more)
+        result = original(*args, **more)
+        if os.environ.get("GPU_PARALLEL_FAULTY") and path in ("custom", "shm"):
+            spoil(args[1] if result is None else result)  # shared memory works in place
+        return result
 
     setattr(owner, method, counted)
+
+
+def spoil(result: torch.Tensor) -> None:
+    if torch.distributed.get_rank() == 1:
+        result.neg_()
 
 
 def allow_two_shot() -> None:

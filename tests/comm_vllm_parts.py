@@ -30,6 +30,8 @@ class Stand:
             raise RuntimeError(f"{self.path} cannot be built")
         if self.fault == "hang when built":
             time.sleep(1000)
+        if self.fault == "only on rank 0":
+            self.disabled = dist.get_rank() > 0
         self.group = group if dist.get_world_size(group) > 0 else None
 
     def reduce(self, tensor: torch.Tensor, *_: Any, **more: Any) -> torch.Tensor:

@@ -124,7 +124,7 @@ def test_time_that_imports_take_is_not_held_against_a_path():
 
 def test_processes_that_a_path_has_started_end_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPILERS", str(tmp_path))
-    results = run([path_with("hang_beside_a_compiler", limit_s=1)], start=start_subprocess)
+    results = run([path_with("hang_beside_a_compiler", limit_s=3)], start=start_subprocess)
     assert results["custom"].outcome == "hang"
     for rank in range(2):
         compiler = Path("/proc", (tmp_path / str(rank)).read_text(), "stat")
@@ -167,7 +167,7 @@ def test_a_child_that_one_process_cannot_start_is_no_ones_fault():
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(worker, range(2)))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
 
 
 def test_children_that_do_not_meet_are_given_up():
@@ -179,7 +179,7 @@ def test_children_that_do_not_meet_are_given_up():
     began = time.monotonic()
     with pytest.raises(ProbeError, match="waiting for the other ranks, within 2 s"):
         run([path_with("healthy")], start=start, start_limit_s=2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
 
 
 def test_command_line(tmp_path):

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_parallel.py"
 
 def call(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(out), "--no-probe", "--prompts", "4"]
-    command += ["--only", "bf16", "off", *options]
+    command += options if "--only" in options else ["--only", "bf16", "off", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=290)
 
 
@@ -38,3 +38,13 @@ def test_a_run_is_judged_and_not_repeated(tmp_path):
     again = call(out, "--budget", "280")
     assert again.returncode == 1  # the tokens differ from those of the first run
     assert json.loads(out.read_text().splitlines()[-1])["differ"] == [0]
+
+
+def test_planted_fault_is_found(tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = call(out, "--only", "faulty", "--budget", "280")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["under_test"]
+    assert row["right"] == 1
+    assert any("shm off (gave a wrong result" in line for line in row["log"])

@@ -136,7 +136,7 @@ def fault(result: ProbeResult) -> str:
     words = {
         "hang": "did not finish",
         "crash": "ended its process",
-        "error": "raised",
+        "error": "failed",
         "nan": "gave NaN",
         "wrong": "gave a wrong result",
     }

@@ -194,39 +194,56 @@ class Start:
         """
         results: dict[str, ProbeResult] = {}
         with self._watched(machine, decision.on, "checked", CHECK_LIMIT_S):
-            for name in decision.on:
+            for name, holders in self._active(communicator, decision).items():
                 path = self._built(communicator, name)
-                if path is None:
-                    continue
-                captured = name not in known or known[name].outcome != "ok"
-                result = results[name] = self._try(name, path, captured)
-                if result.bad:
-                    _found_bad[name] = result
+                if holders < self.world.world_size:
+                    detail = f"it is enabled on {holders} of {self.world.world_size} ranks only"
+                    results[name] = ProbeResult(name, "error", detail)
+                elif path is not None:
+                    results[name] = self._try(name, path, known)
+                if name in results and results[name].bad:
+                    _found_bad[name] = results[name]
                     switch_off(communicator, name, self.device_group)
             if any(
                 name in decision.candidates and not is_active(communicator, name)
                 for name in ("pynccl", "shm")
             ):
                 path = over_group(self.device_group, self.world.world_size)
-                results["torch"] = self._try("torch", path, captured=True)
+                results["torch"] = self._try("torch", path, known)
         if self.world.rank == 0 and results:
             cache.save(machine, results)
         return results
 
+    def _active(self, communicator: Any, decision: Decision) -> dict[str, int]:
+        """The paths that vLLM has built and enabled, with the number of ranks that have them."""
+        mine = [
+            name
+            for name in decision.on
+            if name in (*PARTS, "shm") and is_active(communicator, name)
+        ]
+        everyone: list[Any] = [None] * self.world.world_size
+        dist.all_gather_object(everyone, mine, group=self.world.group)
+        holders = {name: sum(name in theirs for theirs in everyone) for name in decision.on}
+        return {name: number for name, number in holders.items() if number}
+
     def _built(self, communicator: Any, name: str) -> Collective | None:
-        """A path of the finished communicator, if it is there and can be tried in place."""
-        if name not in CHECKED_IN_PLACE or not is_active(communicator, name):
+        """A path of the finished communicator, if it can be tried in place."""
+        if name not in CHECKED_IN_PLACE:
             return None
         try:
             if name == "shm":
                 return shm_collective(communicator, self.world)
             return collective(name, getattr(communicator, PARTS[name].attribute), self.world)
         except Unavailable:
-            return None  # vLLM decides that alike on all ranks
+            return None
 
-    def _try(self, name: str, path: Collective, captured: bool) -> ProbeResult:
-        """The path's result over all ranks: the first bad one, else this rank's."""
+    def _try(self, name: str, path: Collective, known: Mapping[str, ProbeResult]) -> ProbeResult:
+        """The path's result over all ranks: the first bad one, else this rank's.
+
+        In a CUDA graph too, unless that has been right here before.
+        """
         began = time.monotonic()
+        captured = name not in known or known[name].outcome != "ok"
         findings = run_checks(path, self.world, captured, CHECK_SIZES)
         took = round(time.monotonic() - began, 3)
         mine = ProbeResult(name, findings.outcome, findings.detail, took, findings.cases)
