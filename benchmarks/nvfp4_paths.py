@@ -93,7 +93,6 @@ def measure(device: str, kernel: str | None) -> list[dict[str, Any]]:
     master, weights = quantised(experts, hidden, intermediate, device)
     layer = LayerConfig(
         format="nvfp4",
-        block_shape=None,
         num_experts=experts,
         num_local_experts=experts,
         top_k=top_k,

@@ -26,6 +26,7 @@ from moe_backend.formats.fp8_block import (
     spread_scale,
 )
 from moe_backend.formats.nvfp4 import GROUP, Nvfp4Weights
+from moe_backend.formats.rounding import divide
 
 BLOCK = (128, 128)
 
@@ -96,7 +97,7 @@ def _fold_matrix(
     bn, bk = BLOCK
     padded = torch.nn.functional.pad(values, (0, -k % bk, 0, -n % bn))
     amax = padded.unflatten(-1, (-1, bk)).unflatten(0, (-1, bn)).abs().amax(dim=(1, 3))
-    fitting = torch.where(amax > 0, amax / E4M3FN_MAX, torch.ones_like(amax))
+    fitting = torch.where(amax > 0, divide(amax, E4M3FN_MAX), torch.ones_like(amax))
     fitting = fitting.clamp(min=torch.finfo(torch.float32).tiny)  # else the quotient overflows
     codes, error = _encode(values, fitting)
     blocks = _power_of_two_above(fitting)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_backend.formats.checks import expect_dtype, expect_no_nan, expect_positive, expect_shape
+from moe_backend.formats.rounding import divide
 
 Block = tuple[int, int]
 
@@ -123,7 +124,7 @@ def quantize_blocks(
     padded = torch.nn.functional.pad(values, (0, -k % bk, 0, -n % bn))
     blocks = padded.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bn))
     amax = blocks.abs().amax(dim=(-3, -1))
-    scale = torch.where(amax > 0, amax / E4M3FN_MAX, torch.ones_like(amax))
+    scale = torch.where(amax > 0, divide(amax, E4M3FN_MAX), torch.ones_like(amax))
     codes = values / spread_scale(scale, n, k, block_shape)
     return codes.clamp(-E4M3FN_MAX, E4M3FN_MAX).to(torch.float8_e4m3fn), scale
 
@@ -192,7 +193,7 @@ def quantize_per_group(
     values = x.float()
     groups = torch.nn.functional.pad(values, (0, -k % group_size)).unflatten(-1, (-1, group_size))
     amax = groups.abs().amax(-1)
-    scale = torch.where(amax > 0, amax / maximum, torch.ones_like(amax))
+    scale = torch.where(amax > 0, divide(amax, maximum), torch.ones_like(amax))
     codes = (groups / scale[..., None]).clamp(-maximum, maximum)
     return codes.flatten(-2)[..., :k].to(dtype), scale
 

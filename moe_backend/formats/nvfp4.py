@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 
 from moe_backend.formats.checks import expect_dtype, expect_positive, expect_shape
+from moe_backend.formats.rounding import divide
 
 GROUP = 16
 E2M1_MAX = 6.0
@@ -209,7 +210,7 @@ def dequantize(
 
 def global_scale_of(amax: torch.Tensor) -> torch.Tensor:
     """The decode-direction global scale that fits `amax`: `amax / (6 * 448)`; 1 for zero."""
-    return torch.where(amax > 0, amax.float() / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
+    return torch.where(amax > 0, divide(amax.float(), E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
 
 def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +231,7 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor,
         raise ValueError(f"NVFP4 needs a last dimension that is a multiple of 16, got {x.shape}")
     blocks = x.float().unflatten(-1, (-1, GROUP))
     amax = blocks.abs().amax(-1)
-    raw = (amax / E2M1_MAX / global_scale).clamp(2.0**-9, E4M3_MAX)
+    raw = (divide(amax, E2M1_MAX) / global_scale).clamp(2.0**-9, E4M3_MAX)
     scale = torch.where(amax == 0, torch.ones_like(raw), raw).to(torch.float8_e4m3fn)
     step = scale.float() * global_scale
     return pack(encode_e2m1(blocks / step[..., None]).flatten(-2)), scale
