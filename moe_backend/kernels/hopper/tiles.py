@@ -64,7 +64,8 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles:
             return Tiles(Tile(m, 32, k13, 4, 6, 3), Tile(m, 256, k2, 4, 4, 3))
         return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, k2, 4, 5, 2))
     small = layer.intermediate_size <= 512  # few steps in the second GEMM: make them deep
-    if scale_rows % 128 or layer.intermediate_size % 128 or (slots < 4 and not small):
+    few = slots < (0.1 if small else 4)  # narrow tiles, so that every multiprocessor has one
+    if scale_rows % 128 or layer.intermediate_size % 128 or few:
         k2 = min(64, k2)
         return Tiles(Tile(m, 64, k13, 4, 5, 3, True), Tile(m, 128, k2, 4, 5, 4))
     k2 = min(128, k2)
