@@ -149,7 +149,7 @@ class _Run:
         library, descriptor = build.runtime(), self.program.kernel.descriptor
         self.group = group = state.Group()
         lds = ctypes.create_string_buffer(self.lds_size + 64)
-        shadow = ctypes.create_string_buffer((self.lds_size // 2 + 64) * state.SHADOW_BYTES)
+        shadow = ctypes.create_string_buffer((self.lds_size + 64) * state.SHADOW_BYTES)
         group.lds, group.lds_size = ctypes.addressof(lds), self.lds_size
         group.shadow = ctypes.addressof(shadow)
         ranges = (state.Range * len(self.regions))(

@@ -18,10 +18,11 @@ def _nothing(shape: Shape) -> str:
 
 
 add(
-    "s_nop s_sleep s_setprio s_icache_inv s_wakeup s_code_end s_incperflevel s_decperflevel "
-    "s_ttracedata s_inst_prefetch s_set_gpr_idx_off",
-    "control", SOURCE, _nothing,
-)  # fmt: skip
+    "s_nop s_sleep s_setprio s_icache_inv s_wakeup s_incperflevel s_decperflevel s_ttracedata",
+    "control",
+    SOURCE,
+    _nothing,
+)
 add("buffer_wbl2 buffer_inv", "control", "Memory Scopes and Temporal Hints", _nothing)
 add("s_endpgm", "control", SOURCE, lambda shape: "wait_vm(w, 0); wait_lgkm(w, 0); return ENDED;")
 add("s_barrier", "control", SOURCE, lambda shape: "return AT_BARRIER;")

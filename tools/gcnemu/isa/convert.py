@@ -77,36 +77,31 @@ add("v_cvt_pk_fp8_f32 v_cvt_pk_bf8_f32", "convert", VOP3, _to_fp8_pair)
 
 
 def _from_fp8(shape: Shape) -> str:
-    """One byte of the source, picked by SDWA, byte_sel or op_sel."""
+    """One byte of the source: the lowest, or by SDWA another."""
     fmt = _format(shape, shape.ins.opcode.split("_")[3])
-    d, source = shape.vgpr(0), shape.operands[1]
-    raw = shape.bits(source)
+    d = shape.vgpr(0)
+    raw = _sdwa_source(shape)
+    return _loop(f"out[l] = U(small_float({raw} & 255, {fmt}));", f"put(w, {d}, out, ex); ")
+
+
+def _sdwa_source(shape: Shape) -> str:
+    raw = shape.bits(shape.operands[1])
     if shape.ins.encoding == "sdwa":
-        raw = shape.sdwa_source(source, "src0_sel", raw)
-        byte = 0
+        raw = shape.sdwa_source(shape.operands[1], "src0_sel", raw)
         if shape.take("dst_sel", "DWORD") != "DWORD":
             raise Unsupported("dst_sel")
         shape.take("dst_unused")
-    else:
-        given = shape.vector("op_sel", 2, 0)
-        byte = shape.number("byte_sel", given[0] * 2 + given[1])
-    return _loop(
-        f"out[l] = U(small_float({raw} >> {8 * byte} & 255, {fmt}));", f"put(w, {d}, out, ex); "
-    )
+    return raw
 
 
 add("v_cvt_f32_fp8 v_cvt_f32_bf8", "convert", VOP1, _from_fp8)
 
 
 def _from_fp8_pair(shape: Shape) -> str:
+    """Two bytes: the lower half of the source, or by SDWA or op_sel the upper."""
     fmt = _format(shape, shape.ins.opcode.split("_")[4])
-    d, source = shape.vgpr(0), shape.operands[1]
-    raw = shape.bits(source)
-    if shape.ins.encoding == "sdwa":
-        raw = shape.sdwa_source(source, "src0_sel", raw)
-        shape.take("dst_sel"), shape.take("dst_unused")
-    else:
-        raw = f"({raw} >> {16 * shape.vector('op_sel', 2, 0)[0]})"
+    d = shape.vgpr(0)
+    raw = f"({_sdwa_source(shape)} >> {16 * shape.vector('op_sel', 2, 0)[0]})"
     return _loop(
         f"const u32 a = {raw}; out[l] = U(small_float(a & 255, {fmt})); "
         f"high[l] = U(small_float(a >> 8 & 255, {fmt}));",
@@ -153,12 +148,14 @@ def _scaled_to_small(shape: Shape) -> str:
     if source == "f32":
         x, y = (shape.value(o, "f32") for o in shape.operands[1:3])
         scale = shape.bits(shape.operands[3])
-        halves = shape.vector("op_sel", 4, 0)
     else:
         x, y = (shape.value(shape.operands[1], source, half=h) for h in (0, 1))
         scale = shape.bits(shape.operands[2])
-        halves = shape.vector("op_sel", 4, 0)
-    at = 8 * (halves[2] + 2 * halves[3]) if bits == 4 else 16 * halves[3]
+    # The destination's bit follows those of the sources; FP4 always has two, the third and fourth.
+    halves = shape.vector("op_sel", 4 if bits == 4 else len(shape.operands), 0)
+    at = 8 * (halves[2] + 2 * halves[3]) if bits == 4 else 16 * halves[-1]
+    if any(halves[: 2 if bits == 4 else -1]):
+        raise Unsupported("op_sel of a source")
     width = 2 * bits
     return _loop(
         f"{_SCALE.format(scale)}u32 o = to_small_float((float)((double){x} / scale), {fmt}, 0) "

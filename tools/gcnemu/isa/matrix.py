@@ -59,7 +59,10 @@ def _mfma(shape: Shape) -> str:
         return f"{c}mfma_i8(w, {m}, {k}, {blocks}, {d}, {a}, {b}, c); return NEXT;"
     scales, tail = "", "0, 0, 0, 0"
     if scaled:
-        low, high = shape.vector("op_sel", 2, 0), shape.vector("op_sel_hi", 2, 0)
+        # The byte of A's and of B's scale; LLVM prints a third entry, which is always 0.
+        low, high = shape.vector("op_sel", 3, 0), shape.vector("op_sel_hi", 3, 0)
+        if low[2] or high[2]:
+            raise Unsupported("op_sel of the addend")
         scales = "u32 sa[64], sb[64]; for (int l = 0; l < 64; l++) { "
         for name, operand in zip(("sa", "sb"), shape.operands[4:6], strict=True):
             # In vector registers every lane has its own scales.

@@ -66,11 +66,13 @@ def atomic(name: str, pointer: str, source: str, destination: str | None) -> str
     type, expression = ATOMICS[name]
     wide = type == "u64"
     read = (lambda r: f"v64(w, {r}, l)") if wide else (lambda r: f"w->v[{r}][l]")
-    code = f"{type} *at = {pointer}; if (at) {{ {type} old, next; memcpy(&old, at, sizeof old); "
+    code = (
+        f"{type} *cell = {pointer}; if (cell) {{ {type} old, next; memcpy(&old, cell, sizeof old); "
+    )
     code += f"const {type} x = {read(source)}; "
     if name.startswith("cmpswap"):
         code += f"const {type} y = {read(f'{source} + {2 if wide else 1}')}; "
-    code += f"next = {expression}; memcpy(at, &next, sizeof next); "
+    code += f"next = {expression}; memcpy(cell, &next, sizeof next); "
     if destination:
         # Before-values wait in a queue like loaded data.
         code += "memcpy(p->data[l], &old, sizeof old); p->lanes |= 1ull << l; "

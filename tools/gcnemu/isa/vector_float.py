@@ -162,6 +162,8 @@ _FIXUP = (
     " else if ((b == 0 && c == 0) || (isinf(b) && isinf(c))) r = F(0xffc00000u);"
     " else if (b == 0 || isinf(c)) r = F(sign | 0x7f800000u);"
     " else if (isinf(b) || c == 0) r = F(sign);"
+    " else if (ilogbf(c) - ilogbf(b) < -150) r = F(sign);"  # underflow
+    " else if (isnan(a)) r = F(sign | 0x7f800000u);"  # the quotient overflowed on its way
     " else r = F((U(a) & 0x7fffffffu) | sign); r; })"
 )
 valu("v_div_fixup_f32", "f32 f32 f32 f32", _FIXUP, VOP3)

@@ -34,7 +34,7 @@ struct Ins { int (*fn)(Wave *, const Ins *); u32 r[8]; u64 x[8]; };
 
 typedef struct { u64 lo, hi; u32 id, read_only; } Range;
 typedef struct { u32 kind, pc, wave, lane; u64 address; u32 size, group[3]; u64 count; } Finding;
-/* Who touched two bytes of LDS since the last barrier: wave + 1, 0 for nobody, 255 for several. */
+/* Who touched a byte of LDS since the last barrier: wave + 1, 0 for nobody, 255 for several. */
 typedef struct { u32 epoch; u8 writer, reader, atomic; } Shadow;
 typedef struct { u64 address; u32 size; u8 old[16]; } Write;
 

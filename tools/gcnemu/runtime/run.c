@@ -65,15 +65,13 @@ static void touch(Wave *w, u32 lane, u32 a, u32 n, int write, int atomic, const 
   Group *g = w->g;
   if (!(g->options & RACES)) return;
   u8 me = w->id + 1;
-  for (u32 i = a / 2; i <= (a + n - 1) / 2; i++) {
+  for (u32 i = a; i < a + n; i++) {
     Shadow *s = &g->shadow[i];
     if (s->epoch != g->epoch) *s = (Shadow){g->epoch, 0, 0, 0};
     int other_wrote = s->writer && s->writer != me && !(atomic && s->atomic);
     int other_read = s->reader && s->reader != me && !(atomic && s->atomic);
-    if (write) {
-      int same = 0; /* writing what is there already is harmless: compilers store replicated values */
-      if (data) { u32 lo = i * 2 < a ? a : i * 2, hi = i * 2 + 2 > a + n ? a + n : i * 2 + 2;
-        same = !memcmp(g->lds + lo, data + (lo - a), hi - lo); }
+    if (write) { /* writing what is there already is harmless: compilers store replicated values */
+      int same = data && g->lds[i] == data[i - a];
       if ((other_wrote || other_read) && !same) report(w, LDS_RACE, lane, a, n);
       s->writer = s->writer && s->writer != me ? 255 : me;
       s->atomic = atomic;
