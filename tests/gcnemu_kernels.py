@@ -64,6 +64,13 @@ def count(x, out, n, BLOCK: tl.constexpr):
     tl.atomic_add(out + tl.load(x + i, mask=i < n, other=0), 1, mask=i < n)
 
 
+@triton.jit
+def gather(x, index, out, BLOCK: tl.constexpr):
+    """Offsets of 64 bits, one per lane."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + tl.load(index + i)))
+
+
 # --- kernels with a known bug ---
 @triton.jit
 def expert_row(weights, experts, out, stride_e, K, WIDE: tl.constexpr, BLOCK: tl.constexpr):

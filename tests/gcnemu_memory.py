@@ -631,7 +631,7 @@ def _half_equal(state: State) -> None:
         state.v[6, lane] = state.lds[p : p + 4].view(U32)[0]
 
 
-_swap = lambda o, compare, new: new if o == compare else o  # noqa: E731
+_swap = lambda o, compare, new: new if o == compare else o
 case("ds_cmpst_b32 v2, v6, v8 offset:16", ds_atomic(4, _swap, False, 2), _half_equal)
 case("ds_cmpst_rtn_b32 v12, v2, v6, v8 offset:16", ds_atomic(4, _swap, True, 2), _half_equal)
 

@@ -342,7 +342,7 @@ def _zero(state: State) -> None:
 _case("s_getreg_b32", "s_getreg_b32 s10, hwreg(HW_REG_XCC_ID)", _zero)
 
 # --- scalar loads ---
-from gcnemu_machine import BASE, MEMORY_BYTES  # noqa: E402
+from gcnemu_machine import BASE
 
 for _n, _suffix in ((1, ""), (2, "x2"), (4, "x4"), (8, "x8"), (16, "x16")):
     _d = "s40" if _n == 1 else f"s[40:{39 + _n}]"

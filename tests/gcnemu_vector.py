@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -369,7 +369,7 @@ for name, f in {
 
 # --- integer ---
 M32 = 0xFFFFFFFF
-S = lambda x, bits=32: x - (1 << bits) if x >> (bits - 1) & 1 else x  # noqa: E731
+S = lambda x, bits=32: x - (1 << bits) if x >> (bits - 1) & 1 else x
 
 
 def ints(function: Callable[..., int]) -> Callable[..., np.ndarray]:

@@ -1,4 +1,4 @@
-"""Every instruction of the emulator's table against an independent model, and against LLVM's assembler."""
+"""Every instruction of the emulator's table against an independent model and LLVM's assembler."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import gcnemu_memory
 import gcnemu_scalar
 import gcnemu_vector
 from gcnemu.asm import Unsupported
+from gcnemu.emit import Shape
 from gcnemu.isa import INSTRUCTIONS
 from gcnemu.isa.table import emit_valu
 
@@ -34,6 +35,13 @@ for _case in CASES:
 ARCHS = ("gfx942", "gfx950")
 # The division sequence has a test of its own, below.
 SEQUENCES = {"v_div_scale_f32", "v_div_fmas_f32", "v_div_fixup_f32"}
+
+
+def check_all(cases: list[gcnemu_machine.Case], arch: str) -> None:
+    with np.errstate(all="ignore"):
+        for case in cases:
+            if arch in case.archs:
+                gcnemu_machine.check(case, arch)
 
 
 @cache
@@ -50,15 +58,12 @@ def compiled() -> bool:
 def test_instruction(name: str, arch: str):
     """The whole state after the instruction is what the model says, under random EXEC masks."""
     compiled()
-    with np.errstate(all="ignore"):
-        for case in BY_NAME[name]:
-            if arch in case.archs:
-                gcnemu_machine.check(case, arch)
+    check_all(BY_NAME[name], arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_table_is_covered(arch: str):
-    """An instruction that nobody tests fails the suite, and so does a test without an instruction."""
+    """An untested instruction fails the suite, and so does a test without an instruction."""
     table = {name for name, spec in INSTRUCTIONS.items() if arch in spec.archs}
     tested = {case.name for case in CASES if arch in case.archs} | SEQUENCES
     assert table - tested == set(), "untested instructions"
@@ -138,6 +143,10 @@ v_div_fixup_f32 v10, v15, v4, v2"""
         assert ok.all(), (n[~ok], d[~ok], got[~ok], expected[~ok])
 
 
+def emitted(shape: Shape) -> str:
+    return INSTRUCTIONS[shape.ins.opcode].emit(shape)
+
+
 WRONG = {
     "v_add_u32": lambda shape: emit_valu(shape, "u32", ["u32", "u32"], "a - b"),
     "v_max_f32": lambda shape: emit_valu(shape, "f32", ["f32", "f32"], "a > b ? a : b"),
@@ -148,9 +157,9 @@ WRONG = {
     "ds_bpermute_b32": lambda shape: INSTRUCTIONS["ds_permute_b32"].emit(shape),
     "global_load_ubyte_d16_hi": lambda shape: INSTRUCTIONS["global_load_ubyte_d16"].emit(shape),
     "global_atomic_umin": lambda shape: INSTRUCTIONS["global_atomic_smin"].emit(shape),
-    "v_mfma_f32_16x16x32_fp8_fp8": lambda shape: INSTRUCTIONS[shape.ins.opcode].emit(shape).replace("FMT_FP8_FNUZ", "FMT_FP8"),
-    "v_cvt_f32_fp8": lambda shape: INSTRUCTIONS[shape.ins.opcode].emit(shape).replace("FMT_FP8_FNUZ", "FMT_FP8"),
-    "v_mfma_f32_32x32x8_bf16": lambda shape: INSTRUCTIONS[shape.ins.opcode].emit(shape).replace("32, 8, 1,", "16, 16, 1,"),
+    "v_mfma_f32_16x16x32_fp8_fp8": lambda shape: emitted(shape).replace("FMT_FP8_FNUZ", "FMT_FP8"),
+    "v_cvt_f32_fp8": lambda shape: emitted(shape).replace("FMT_FP8_FNUZ", "FMT_FP8"),
+    "v_mfma_f32_32x32x8_bf16": lambda shape: emitted(shape).replace("32, 8, 1,", "16, 16, 1,"),
 }  # fmt: skip
 
 
@@ -165,9 +174,8 @@ def test_a_wrong_semantic_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch)
         name: type(spec)(name, spec.family, spec.archs, spec.source, WRONG[name]),
     }
     monkeypatch.setattr(translate, "INSTRUCTIONS", wrong)
-    with pytest.raises(AssertionError), np.errstate(all="ignore"):
-        for case in BY_NAME[name]:
-            gcnemu_machine.check(case, "gfx942")
+    with pytest.raises(AssertionError):
+        check_all(BY_NAME[name], "gfx942")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ GEMMS = [
 
 @pytest.mark.parametrize(("arch", "dtype", "size"), GEMMS)
 def test_matmul(arch: str, dtype: str, size: int):
-    """`size` picks the matrix instruction, 16x16 or 32x32; K is not a multiple of the tile's rows."""
+    """`size` picks the matrix instruction, 16x16 or 32x32; the tiles hang over the edges."""
     torch.manual_seed(size)
     m, n, k = 100, 120, 384
     a, b = torch.randn(m, k).to(DTYPES[dtype]), torch.randn(n, k).to(DTYPES[dtype])

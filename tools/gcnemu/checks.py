@@ -14,7 +14,7 @@ KINDS = {
     5: ("read-only", FAULT, "writes memory that the launch may only read"),
     6: ("buffer-read-zero", NOTE, "reads past num_records; hardware returns 0"),
     7: ("buffer-write-dropped", NOTE, "writes past num_records; hardware drops it"),
-    8: ("buffer-resource", FAULT, "uses a swizzled or add_tid buffer resource, which is not modelled"),
+    8: ("buffer-resource", FAULT, "uses a swizzled or add_tid buffer, which is not modelled"),
     9: (
         "lds-dma-early", FAULT,
         "reads LDS before the asynchronous copy into it has landed: s_waitcnt vmcnt is missing "

@@ -1,7 +1,7 @@
 """From one instruction to the C body of its *shape* and the numbers that fill its slots.
 
-A shape is an opcode with its operand kinds and modifiers; register numbers and constants are run-time
-slots (`i->r[k]`, `i->x[k]`), so thousands of instructions share a few hundred C functions.
+A shape is an opcode with its operand kinds and modifiers; register numbers and constants are
+run-time slots (`i->r[k]`, `i->x[k]`), so thousands of instructions share a few hundred C functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ SDWA = {
 # C type of an operand's value. b32 are untyped bits; f16 and bf16 are computed in float.
 C_TYPES = {
     "f32": "float", "f16": "float", "bf16": "float", "f64": "double", "b32": "u32", "u32": "u32",
-    "i32": "i32", "u16": "u16", "i16": "i16", "b16": "u16", "u64": "u64", "i64": "i64", "b64": "u64",
+    "i32": "i32", "u16": "u16", "i16": "i16", "b16": "u16", "u64": "u64", "i64": "i64",
+    "b64": "u64",
 }  # fmt: skip
 DPP_CONTROLS = {
     "row_shl": "DPP_ROW_SHL", "row_shr": "DPP_ROW_SHR", "row_ror": "DPP_ROW_ROR",
@@ -28,7 +29,7 @@ DPP_CONTROLS = {
 
 
 def constant_bits(value: int | float, type: str) -> int:
-    """A constant operand's bits, as the operand type reads it (ISA "Inline constants" and literals).
+    """A constant operand's bits, as its type reads it (ISA "Inline constants" and literals).
 
     Integers are bits as they are, also where a float is read; a 32-bit literal of a 64-bit float is
     its high half (LLVM prints it so).
@@ -47,7 +48,7 @@ def constant_bits(value: int | float, type: str) -> int:
 
 
 class Shape:
-    """Builds the C of one instruction; modifiers must all be taken, or the instruction is refused."""
+    """Builds the C of one instruction; a modifier that nothing takes makes it refused."""
 
     def __init__(self, instruction: Instruction, arch: str, labels: dict[str, int] | None = None):
         self.ins = instruction

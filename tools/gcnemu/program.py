@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,17 @@ def _check_modes(descriptor: dict[str, int]) -> None:
 class _Run:
     """One launch under one schedule."""
 
-    def __init__(self, program, kernarg, grid, block, dynamic_lds, regions, schedule, late):
+    def __init__(
+        self,
+        program: Program,
+        kernarg: bytes,
+        grid: Sequence[int],
+        block: Sequence[int],
+        dynamic_lds: int,
+        regions: list[Region],
+        schedule: Schedule,
+        late: bool,
+    ):
         self.program, self.schedule, self.late = program, schedule, late
         self.grid, self.block = _three(grid, "grid"), _three(block, "block")
         descriptor = program.kernel.descriptor
@@ -184,7 +195,7 @@ class _Run:
         )  # fmt: skip
         if result < 0:
             why = {
-                state.TRAPPED: "s_trap, or an instruction under a partial EXEC that is not modelled",
+                state.TRAPPED: "s_trap, or a lane exchange under a partial EXEC, not modelled",
                 state.LOST: "no end: waves wait for each other, or the code runs on without end",
             }[result]
             raise RuntimeError(
@@ -196,7 +207,7 @@ class _Run:
         get = self.program.kernel.descriptor.get
         values: list[int] = []
 
-        def address(buffer: ctypes.Array) -> None:
+        def address(buffer: ctypes.Array[ctypes.c_char]) -> None:
             at = ctypes.addressof(buffer)
             values.extend((at & 0xFFFFFFFF, at >> 32))
 
@@ -286,7 +297,8 @@ class _Run:
     def differs(self, other: _Run) -> str | None:
         """Where two runs' results differ, in words; None where they do not."""
         a, b = self.written, other.written
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         if a.shape == b.shape and np.array_equal(a, b):
             return None
         if a.shape != b.shape or not np.array_equal(a[:, 0], b[:, 0]):
@@ -342,7 +354,7 @@ def _runs(where: np.ndarray) -> list[tuple[int, int]]:
         return []
     cuts = np.flatnonzero(np.diff(where) != 1) + 1
     edges = [0, *cuts.tolist(), len(where)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _bytes_at(where: np.ndarray) -> np.ndarray:

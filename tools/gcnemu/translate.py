@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 from gcnemu import build, state
 from gcnemu.asm import Instruction, Kernel, Unsupported
 from gcnemu.emit import Shape
@@ -9,7 +11,7 @@ from gcnemu.isa import INSTRUCTIONS
 
 
 class UnsupportedInstructions(NotImplementedError):
-    """Instructions outside the table, or used in a way that is not modelled; the message lists them."""
+    """Instructions that the table lacks, or used as it does not model; the message lists them."""
 
 
 def shape_of(ins: Instruction, arch: str, labels: dict[str, int]) -> tuple[Shape, str]:
@@ -29,13 +31,15 @@ def shape_of(ins: Instruction, arch: str, labels: dict[str, int]) -> tuple[Shape
     return shape, body
 
 
-def translate(kernel: Kernel):  # -> ctypes array of Ins
+def translate(kernel: Kernel) -> ctypes.Array[state.Ins]:
     """The program of a kernel.
 
     Raises:
         UnsupportedInstructions: some instruction is not modelled. Nothing is run then.
     """
-    shapes, bodies, problems = [], [], {}
+    shapes: list[Shape] = []
+    bodies: list[str] = []
+    problems: dict[str, Instruction] = {}
     for ins in kernel.instructions:
         try:
             shape, body = shape_of(ins, kernel.arch, kernel.labels)
@@ -47,8 +51,8 @@ def translate(kernel: Kernel):  # -> ctypes array of Ins
     if problems:
         shown = [f"{why} (line {ins.line}: {ins.text})" for why, ins in problems.items()]
         raise UnsupportedInstructions(
-            f"{kernel.name} on {kernel.arch}: {len(problems)} kinds of instruction are not modelled: "
-            + "; ".join(shown[:8])
+            f"{kernel.name} on {kernel.arch}: {len(problems)} kinds of instruction are not "
+            "modelled: " + "; ".join(shown[:8])
         )
     program = (state.Ins * (len(shapes) + 1))()
     addresses = build.functions([*bodies, "return LOST;"])  # running off the end is an error

@@ -10,7 +10,7 @@ from __future__ import annotations
 from gcnemu.asm import Unsupported
 from gcnemu.emit import Shape
 from gcnemu.isa.memory import ATOMICS, LOADS, STORES, atomic, atomic_size, cache_policy, gather
-from gcnemu.isa.table import BOTH, CDNA4, add
+from gcnemu.isa.table import BOTH, CDNA4, Emitter, add
 
 SOURCE = "MUBUF Instructions"
 # The wrap modulo 2^32 is relied on by kernels that pass on hardware (FlyDSL's GEMMs).
@@ -49,7 +49,7 @@ def _read(size: int, idxen: int, to: str) -> str:
     )
 
 
-def _load(kind: str):
+def _load(kind: str) -> Emitter:
     access = LOADS[kind]
 
     def emit(shape: Shape) -> str:
@@ -80,7 +80,7 @@ def _load(kind: str):
     return emit
 
 
-def _store(kind: str):
+def _store(kind: str) -> Emitter:
     access = STORES[kind]
     step = min(access.size, 4)
 
@@ -101,7 +101,7 @@ def _store(kind: str):
     return emit
 
 
-def _atomic(kind: str):
+def _atomic(kind: str) -> Emitter:
     size = atomic_size(kind)
 
     def emit(shape: Shape) -> str:

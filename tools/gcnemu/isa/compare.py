@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gcnemu.asm import Instruction, Operand
 from gcnemu.emit import C_TYPES, Shape
-from gcnemu.isa.table import add
+from gcnemu.isa.table import Emitter, add
 
 ORDERED = {
     "f": "0", "lt": "a < b", "eq": "a == b", "le": "a <= b", "gt": "a > b", "lg": "a < b || a > b",
@@ -22,7 +22,7 @@ INTEGER = {
 VCC = Operand("vcc", "s", 106, 2)
 
 
-def _compare(expression: str, type_a: str, type_b: str, writes_exec: bool):
+def _compare(expression: str, type_a: str, type_b: str, writes_exec: bool) -> Emitter:
     def emit(shape: Shape) -> str:
         operands = shape.operands
         if len(operands) == 2:  # the destination, vcc, is not always printed

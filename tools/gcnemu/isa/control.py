@@ -6,7 +6,7 @@ import re
 
 from gcnemu.asm import Unsupported
 from gcnemu.emit import Shape
-from gcnemu.isa.table import add
+from gcnemu.isa.table import Emitter, add
 
 SOURCE = "SOPP Instructions"
 
@@ -35,7 +35,7 @@ def _trap(shape: Shape) -> str:
 add("s_trap", "control", SOURCE, _trap)
 
 
-def _branch(condition: str):
+def _branch(condition: str) -> Emitter:
     def emit(shape: Shape) -> str:
         target = shape.labels.get(shape.operands[0].text)
         if target is None:
@@ -66,8 +66,8 @@ def _waitcnt(shape: Shape) -> str:
         counts = {k: v for k, v in counts.items() if v != {"vmcnt": 63, "lgkmcnt": 15}[k]}
     else:
         counts = {k: int(v, 0) for k, v in re.findall(r"(\w+)\((\w+)\)", text)}
-        if unknown := set(counts) - {"vmcnt", "lgkmcnt", "expcnt"} or not counts:
-            raise Unsupported(f"s_waitcnt {text} {unknown or ''}")
+        if not counts or set(counts) - {"vmcnt", "lgkmcnt", "expcnt"}:
+            raise Unsupported(f"s_waitcnt {text}")
     code = ""
     if "vmcnt" in counts:
         code += f"wait_vm(w, {counts['vmcnt']}); "

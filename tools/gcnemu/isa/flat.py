@@ -8,7 +8,7 @@ from __future__ import annotations
 from gcnemu.asm import Operand, Unsupported
 from gcnemu.emit import Shape
 from gcnemu.isa.memory import ATOMICS, LOADS, STORES, atomic, atomic_size, cache_policy, gather
-from gcnemu.isa.table import BOTH, CDNA4, add
+from gcnemu.isa.table import BOTH, CDNA4, Emitter, add
 
 SOURCE = "FLAT, Scratch and Global Instructions"
 
@@ -30,7 +30,7 @@ def _scalar_base(shape: Shape, at: int) -> Operand | None:
     return shape.operands[at] if len(shape.operands) > at else None
 
 
-def _load(kind: str):
+def _load(kind: str) -> Emitter:
     access = LOADS[kind]
 
     def emit(shape: Shape) -> str:
@@ -47,7 +47,7 @@ def _load(kind: str):
     return emit
 
 
-def _store(kind: str):
+def _store(kind: str) -> Emitter:
     access = STORES[kind]
 
     def emit(shape: Shape) -> str:
@@ -62,7 +62,7 @@ def _store(kind: str):
     return emit
 
 
-def _atomic(kind: str):
+def _atomic(kind: str) -> Emitter:
     size = atomic_size(kind)
 
     def emit(shape: Shape) -> str:
@@ -92,7 +92,7 @@ for kind in ATOMICS:
     add(f"global_atomic_{kind} flat_atomic_{kind}", "global", SOURCE, _atomic(kind))
 
 
-def _load_to_lds(kind: str):
+def _load_to_lds(kind: str) -> Emitter:
     """Each lane's data goes to LDS at M0 + offset + lane * size, when vmcnt says so."""
     access = LOADS[kind]
 
@@ -128,7 +128,7 @@ def _scratch_address(shape: Shape, vector: Operand, scalar: Operand | None) -> s
     return " + ".join(terms)
 
 
-def _scratch_load(kind: str):
+def _scratch_load(kind: str) -> Emitter:
     access = LOADS[kind]
 
     def emit(shape: Shape) -> str:
@@ -145,7 +145,7 @@ def _scratch_load(kind: str):
     return emit
 
 
-def _scratch_store(kind: str):
+def _scratch_store(kind: str) -> Emitter:
     access = STORES[kind]
 
     def emit(shape: Shape) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gcnemu.emit import Shape
-from gcnemu.isa.table import CDNA4, add, valu
+from gcnemu.isa.table import CDNA4, Emitter, add, valu
 
 VOP1, VOP3 = "VOP1 Instructions", "VOP3A & VOP3B Instructions"
 
@@ -57,7 +57,7 @@ def _swap(shape: Shape) -> str:
 add("v_swap_b32", "lanes", VOP1, _swap)
 
 
-def _permlane_swap(half: int):
+def _permlane_swap(half: int) -> Emitter:
     """Swap the odd groups of `half` lanes of the first register with the even ones of the second.
 
     Partial EXEC stops the run: what inactive lanes give is not modelled.

@@ -10,7 +10,7 @@ import re
 from gcnemu.asm import Unsupported
 from gcnemu.emit import Shape
 from gcnemu.isa.memory import Access, gather
-from gcnemu.isa.table import CDNA4, add
+from gcnemu.isa.table import CDNA4, Emitter, add
 
 SOURCE = "LDS & GDS Instructions"
 
@@ -32,7 +32,7 @@ def _begin(form: str, d: str, size: int) -> str:
     return f"Pending *p = pending(w, &w->lgkm, P_VGPR, {form}, {d}, {size}); p->lanes = ex; "
 
 
-def _read(access: Access):
+def _read(access: Access) -> Emitter:
     def emit(shape: Shape) -> str:
         d, a = shape.vgpr(0), shape.vgpr(1)
         fixed = shape.constant(shape.number("offset"))
@@ -45,7 +45,7 @@ def _read(access: Access):
     return emit
 
 
-def _write(access: Access):
+def _write(access: Access) -> Emitter:
     def emit(shape: Shape) -> str:
         a, source = shape.vgpr(0), shape.vgpr(1)
         fixed = shape.constant(shape.number("offset"))
@@ -57,7 +57,7 @@ def _write(access: Access):
     return emit
 
 
-def _read2(size: int, unit: int):
+def _read2(size: int, unit: int) -> Emitter:
     """Two elements, at offset0 and offset1 in units of the element (st64: of 64 elements)."""
 
     def emit(shape: Shape) -> str:
@@ -73,7 +73,7 @@ def _read2(size: int, unit: int):
     return emit
 
 
-def _write2(size: int, unit: int):
+def _write2(size: int, unit: int) -> Emitter:
     def emit(shape: Shape) -> str:
         a, first, second = shape.vgpr(0), shape.vgpr(1), shape.vgpr(2)
         x, y = (shape.constant(shape.number(n) * unit) for n in ("offset0", "offset1"))
@@ -113,7 +113,7 @@ _ATOMICS = {
 }  # fmt: skip
 
 
-def _atomic(type: str, expression: str, returns: bool, operands: int = 1):
+def _atomic(type: str, expression: str, returns: bool, operands: int = 1) -> Emitter:
     size = 8 if type == "u64" else 4
 
     def emit(shape: Shape) -> str:
@@ -212,7 +212,7 @@ add("ds_swizzle_b32", "LDS", SOURCE, _swizzle)
 add("ds_nop", "LDS", SOURCE, lambda shape: "return NEXT;")
 
 
-def _transposed(bits: int, size: int):
+def _transposed(bits: int, size: int) -> Emitter:
     """CDNA4 "MFMA Transpose Load from LDS". Sixteen lanes each read a row of elements; together
     they are a matrix, read back in columns: element j of lane i is number 16 j + i.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gcnemu.asm import Operand, Unsupported
 from gcnemu.emit import C_TYPES, Shape
-from gcnemu.isa.table import CDNA4, add
+from gcnemu.isa.table import CDNA4, Emitter, add
 
 SOURCE = "VOP3P Instructions"
 
@@ -19,7 +19,7 @@ def _modifiers(shape: Shape, n: int) -> tuple[list[int], list[int], list[int], l
     )  # fmt: skip
 
 
-def _packed_32(expression: str, float_type: bool = True):
+def _packed_32(expression: str, float_type: bool = True) -> Emitter:
     def emit(shape: Shape) -> str:
         d, sources = shape.vgpr(0), shape.operands[1:]
         low, high, neg_low, neg_high = _modifiers(shape, len(sources))
@@ -68,7 +68,7 @@ def _pk_mov(shape: Shape) -> str:
 add("v_pk_mov_b32", "packed", SOURCE, _pk_mov)
 
 
-def _packed_16(type: str, expression: str):
+def _packed_16(type: str, expression: str) -> Emitter:
     def emit(shape: Shape) -> str:
         d, sources = shape.vgpr(0), shape.operands[1:]
         low, high, neg_low, neg_high = _modifiers(shape, len(sources))
@@ -151,7 +151,7 @@ add("v_pack_b32_f16", "packed", "VOP3A & VOP3B Instructions", _pack_f16)
 
 
 # --- dot products: exact products, one rounding at the end (hardware's order is not published) ---
-def _dot2(type: str, accumulates: bool):
+def _dot2(type: str, accumulates: bool) -> Emitter:
     def emit(shape: Shape) -> str:
         d, (a, b) = shape.vgpr(0), shape.operands[1:3]
         third = shape.operands[0] if accumulates else shape.operands[3]
@@ -178,7 +178,7 @@ add("v_dot2c_f32_f16", "packed", "VOP2 Instructions", _dot2("f16", True))
 add("v_dot2c_f32_bf16", "packed", "VOP2 Instructions", _dot2("bf16", True), CDNA4)
 
 
-def _dot4(type: str, accumulates: bool):
+def _dot4(type: str, accumulates: bool) -> Emitter:
     def emit(shape: Shape) -> str:
         d = shape.vgpr(0)
         a, b = (shape.value(o, "u32") for o in shape.operands[1:3])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from gcnemu.asm import Unsupported
 from gcnemu.emit import Shape
-from gcnemu.isa.table import add
+from gcnemu.isa.table import Emitter, add
 
 SOP1, SOP2, SOPK, SOPC = (f"{n} Instructions" for n in ("SOP1", "SOP2", "SOPK", "SOPC"))
 NONZERO = "w->scc = d != 0; "
 
 
-def _scalar(expression: str, signature: str, scc: str = "", reads_destination: bool = False):
+def _scalar(
+    expression: str, signature: str, scc: str = "", reads_destination: bool = False
+) -> Emitter:
     """`d` from a, b; signature: types of the result and of the sources; scc: C that sets it."""
     result, *sources = signature.split()
     c_type = {"32": "u32", "64": "u64"}
@@ -126,7 +128,7 @@ for name, signature, expression, scc in (
     _enter(name, SOP1, signature, expression, scc)
 
 
-def _conditional_move(wide: bool):
+def _conditional_move(wide: bool) -> Emitter:
     def emit(shape: Shape) -> str:
         d = shape.sgpr(0)
         raw = shape.bits(shape.operands[1], "b64" if wide else "b32")
@@ -140,7 +142,7 @@ add("s_cmov_b32", "scalar", SOP1, _conditional_move(False))
 add("s_cmov_b64", "scalar", SOP1, _conditional_move(True))
 
 
-def _saveexec(expression: str):
+def _saveexec(expression: str) -> Emitter:
     """D = EXEC; EXEC = a op EXEC; SCC = EXEC is not 0. Here b is EXEC."""
 
     def emit(shape: Shape) -> str:
@@ -192,7 +194,7 @@ add(
 
 
 # --- compares ---
-def _compare(expression: str, type: str):
+def _compare(expression: str, type: str) -> Emitter:
     def emit(shape: Shape) -> str:
         wide = "b64" if "64" in type else "b32"
         a, b = (shape.bits(o, wide) for o in shape.operands)
@@ -210,8 +212,6 @@ for name, sign in RELATIONS.items():
 add("s_cmp_eq_u64", "scalar", SOPC, _compare("a == b", "u64"))
 add("s_cmp_lg_u64", "scalar", SOPC, _compare("a != b", "u64"))
 for value in (0, 1):
-    for bits in (32, 64):
-        add(
-            f"s_bitcmp{value}_b{bits}", "scalar", SOPC,
-            _compare(f"(a >> (b & {bits - 1}) & 1) == {value}", f"u{bits}"),
-        )  # fmt: skip
+    for width in (32, 64):
+        bit = f"(a >> (b & {width - 1}) & 1) == {value}"
+        add(f"s_bitcmp{value}_b{width}", "scalar", SOPC, _compare(bit, f"u{width}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gcnemu.emit import Shape
-from gcnemu.isa.table import add
+from gcnemu.isa.table import Emitter, add
 
 SOURCE = "SMEM Instructions"
 
@@ -18,7 +18,7 @@ def _offset(shape: Shape) -> str:
     return f"{register} + {constant}" if register else constant
 
 
-def _load(dwords: int):
+def _load(dwords: int) -> Emitter:
     def emit(shape: Shape) -> str:
         d, base = shape.sgpr(0), shape.sgpr(1)
         for unused in ("glc", "nv"):
@@ -33,7 +33,7 @@ def _load(dwords: int):
     return emit
 
 
-def _buffer_load(dwords: int):
+def _buffer_load(dwords: int) -> Emitter:
     """Dwords beyond num_records read as 0."""
 
     def emit(shape: Shape) -> str:

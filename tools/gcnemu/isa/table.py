@@ -11,6 +11,7 @@ from gcnemu.emit import C_TYPES, SDWA, Shape
 CDNA3 = frozenset({"gfx942"})
 CDNA4 = frozenset({"gfx950"})
 BOTH = CDNA3 | CDNA4
+Emitter = Callable[[Shape], str]
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,13 @@ class Spec:
     family: str
     archs: frozenset[str]
     source: str
-    emit: Callable[[Shape], str]
+    emit: Emitter
 
 
 INSTRUCTIONS: dict[str, Spec] = {}
 
 
-def add(
-    names: str, family: str, source: str, emit: Callable[[Shape], str], archs: frozenset[str] = BOTH
-) -> None:
+def add(names: str, family: str, source: str, emit: Emitter, archs: frozenset[str] = BOTH) -> None:
     """Enter instructions that share an emitter."""
     for name in names.split():
         assert name not in INSTRUCTIONS, name

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from gcnemu.emit import Shape
-from gcnemu.isa.table import CDNA4, add, emit_valu, valu
+from gcnemu.isa.table import CDNA4, Emitter, add, emit_valu, valu
 
 VOP1, VOP2, VOP3 = "VOP1 Instructions", "VOP2 Instructions", "VOP3A & VOP3B Instructions"
 
 
-def _saturating(plain: str, saturated: str):
+def _saturating(plain: str, saturated: str) -> Emitter:
     """Integer clamp: the result saturates instead of wrapping (ISA "Clamp")."""
 
     def emit(shape: Shape) -> str:
@@ -135,7 +135,7 @@ valu("v_ashrrev_i64", "u64 u32 u64", "(u64)((i64)b >> (a & 63))", VOP3)
 
 
 # --- carries: one bit per lane in a scalar pair; bits of inactive lanes are 0 ---
-def _carry(expression: str, carry_in: bool):
+def _carry(expression: str, carry_in: bool) -> Emitter:
     def emit(shape: Shape) -> str:
         d, out = shape.vgpr(0), shape.sgpr(1)
         a, b = (shape.value(o, "u32") for o in shape.operands[2:4])
@@ -164,7 +164,7 @@ for name, expression in {
     add(name, "vector", VOP2, _carry(expression, carry_in=True))
 
 
-def _mad_64(signed: bool):
+def _mad_64(signed: bool) -> Emitter:
     """D = S0 * S1 + S2 in 64 bits and the carry out of 64 bits (for the signed form, of 65)."""
 
     def emit(shape: Shape) -> str:

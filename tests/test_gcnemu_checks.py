@@ -1,0 +1,290 @@
+"""The emulator's checks: kernels with a known bug, compiled for real, are each caught by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from gcnemu import build
+
+try:
+    build.compiler()
+except build.NoCompiler as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+import gcnemu_ir as ir
+import gcnemu_kernels as kernels
+from gcnemu import llvm, triton_driver
+from gcnemu.memory import sparse
+from gcnemu.program import ALL, ONE
+from gcnemu.translate import UnsupportedInstructions
+
+ARCHS = ("gfx942", "gfx950")
+pytestmark = pytest.mark.parametrize("arch", ARCHS)
+GIB = 1 << 30
+
+
+def kinds(found: list) -> set[str]:
+    return {f.kind for f in found}
+
+
+# --- weights beyond 4 GiB: zeros that nobody has written occupy no memory ---
+def last_expert(
+    arch: str, wide: int, experts: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """What a kernel reads of the last expert, what it should read, and the findings."""
+    weights = sparse((experts * stride,), torch.uint8)
+    weights[(experts - 1) * stride : (experts - 1) * stride + 256] = torch.arange(
+        256, dtype=torch.uint8
+    )
+    out = torch.zeros(256, dtype=torch.uint8)
+    which = torch.tensor([experts - 1], dtype=torch.int32)
+    with triton_driver.active(arch, strict=False) as driver:
+        kernels.expert_row[(1,)](weights, which, out, stride, 256, WIDE=wide, BLOCK=256)
+    expected = torch.arange(256, dtype=torch.uint8)
+    return out, expected, driver.launches[0].found
+
+
+def test_weights_beyond_4_gib(arch: str):
+    out, expected, found = last_expert(arch, 2, 9, GIB // 2 + 4096)
+    assert torch.equal(out, expected)
+    assert found == []
+
+
+def test_offset_cut_to_32_bits_is_caught(arch: str):
+    """Must fail: past 4 GiB the offset starts again at 0. The memory is live, the data is wrong."""
+    out, expected, found = last_expert(arch, 0, 9, GIB // 2 + 4096)
+    assert found == []
+    assert not torch.equal(out, expected)
+
+
+def test_product_in_32_bits_is_caught(arch: str):
+    """Must fail: past 2^31 elements the offset is negative, and the address before the tensor."""
+    out, expected, found = last_expert(arch, 1, 6, GIB // 2)
+    assert not torch.equal(out, expected)
+    assert kinds(found) == {"outside-tensor"}
+    assert "bytes before the start of torch.uint8 [3221225472]" in str(found[0])
+    assert found[0].source.startswith("gcnemu_kernels.py:")
+
+
+# --- global memory ---
+def test_write_past_the_end_is_caught(arch: str):
+    """Must fail: without a mask the last program leaves its tensors; nothing is written there."""
+    storage = torch.zeros(4096)
+    x, y = torch.ones(1000), torch.ones(1000)
+    out = torch.zeros(1000)
+    with triton_driver.active(arch, strict=False) as driver:
+        kernels.add_without_mask[(4,)](x, y, out, BLOCK=256)
+    found = driver.launches[0].found
+    assert kinds(found) == {"outside-tensor"}
+    assert any("store" in f.instruction for f in found)
+    assert all("past the end of torch.float32 [1000]" in str(f) for f in found)
+    assert torch.equal(out, x + y)
+    assert (storage == 0).all()
+
+
+def test_read_past_the_end_is_caught(arch: str):
+    """Must fail: one element too many, in a read whose result may even be unused."""
+    x, out = torch.ones(1000), torch.zeros(1000)
+    with pytest.raises(triton_driver.Faulty, match=r"gcnemu_kernels.py:\d+.*0 bytes past the end"):
+        with triton_driver.active(arch):
+            kernels.read_past_the_end[(4,)](x, out, 1000, BLOCK=256)
+
+
+def test_values_nobody_wrote_are_caught(arch: str):
+    """Must fail: lanes that a mask switched off have no value."""
+    x, out = torch.ones(100), torch.zeros(256)
+    with triton_driver.active(arch, schedules=ALL, strict=False) as driver:
+        kernels.uninitialised[(1,)](x, out, 100, BLOCK=256)
+    found = driver.launches[0].found
+    # A compiler may give such lanes a value; then there is nothing to find.
+    assert kinds(found) <= {"uninitialised", "buffer-read-zero"}
+    assert torch.equal(out[:100], x)
+
+
+# --- LDS ---
+def reverse(arch: str, schedules=ALL, **how) -> tuple[torch.Tensor, torch.Tensor, list]:
+    x, out = torch.randn(256), torch.zeros(256)
+    kernel = llvm.Kernel.from_ir(ir.reverse(**how), arch)
+    found = kernel.launch((1,), (256,), x, out, schedules=schedules)
+    return out, x.flip(0), found
+
+
+def test_barrier(arch: str):
+    out, expected, found = reverse(arch)
+    assert torch.equal(out, expected)
+    assert found == []
+
+
+def test_missing_barrier_is_caught(arch: str):
+    """Must fail: named as a race at the instruction; the orders tell it from a wrong result."""
+    _, _, found = reverse(arch, barrier=False)
+    assert {"lds-race", "order-dependent"} <= kinds(found)
+    assert any("no barrier in between" in str(f) and "ds_read" in f.instruction for f in found)
+    # One order alone also sees it, by who touched what.
+    assert "lds-race" in kinds(reverse(arch, ONE, barrier=False)[2])
+
+
+def test_write_past_lds_is_caught(arch: str):
+    """Must fail: the last 8 of 256 floats lie beyond the 1024 bytes."""
+    _, _, found = reverse(arch, shift=8)
+    outside = next(f for f in found if f.kind == "outside-lds")
+    assert "ds_write" in outside.instruction
+    assert "LDS bytes 1024 to 1027 of 1024" in str(outside)
+    assert outside.count == 8
+
+
+def test_lds_dma(arch: str):
+    x, out = torch.randn(256), torch.zeros(256)
+    found = llvm.Kernel.from_ir(ir.copy(), arch).launch((1,), (256,), x, out, schedules=ALL)
+    assert torch.equal(out, x)
+    assert found == []
+
+
+def test_wrong_wait_before_lds_dma_data_is_caught(arch: str):
+    """Must fail: lgkmcnt does not count the copy into LDS, so its data is still on its way."""
+    x, out = torch.randn(256), torch.zeros(256)
+    kernel = llvm.Kernel.from_ir(ir.copy(ir.WAIT_LGKM), arch)
+    found = kernel.launch((1,), (256,), x, out, schedules=ALL)
+    assert {"lds-dma-early", "uninitialised"} <= kinds(found)
+    assert not torch.equal(out, x)
+    assert any("s_waitcnt vmcnt is missing or too weak" in str(f) for f in found)
+
+
+def test_removed_wait_is_caught(arch: str):
+    """Must fail: any load's data lands when s_waitcnt says so, not before."""
+    x, y, out = torch.randn(256), torch.randn(256), torch.zeros(256)
+    with triton_driver.active(arch) as driver:
+        kernels.add[(1,)](x, y, out, 256, BLOCK=256)
+    assembly = driver.launches[0].assembly
+    weakened = assembly.replace("s_waitcnt vmcnt(0)", "s_nop 0").replace(
+        "s_waitcnt vmcnt(1)", "s_nop 0"
+    )
+    assert weakened != assembly
+    kernel = llvm.Kernel(weakened, arch)
+    arguments = [x, y, out, 256, 0, 0][
+        : len([a for a in kernel.metadata.arguments if not a.kind.startswith("hidden_")])
+    ]
+    found = kernel.launch((1,), (256,), *arguments, schedules=ALL)
+    assert "uninitialised" in kinds(found)
+    assert not torch.equal(out, x + y)
+
+
+# --- number formats ---
+def test_ocp_codes_read_as_fnuz_are_caught(arch: str):
+    """Must fail: e4m3fn codes taken for e4m3fnuz are half as large; the comparison says so."""
+    from moe_backend.verify.amd import compare
+
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 128).to(torch.float8_e4m3fn) for _ in range(2))
+    c = torch.empty(64, 64)
+    wrong = [t.view(torch.float8_e4m3fnuz) for t in (a, b)]
+    with triton_driver.active(arch):
+        kernels.matmul[(1, 1)](*wrong, c, 64, 64, 128, 128, 128, 64, BM=64, BN=64, BK=128)
+    seen = compare(c, a.float() @ b.float().T, 1e-3)
+    assert not seen.ok
+    if seen.finite:
+        assert "1/4 of the reference" in seen.message
+        assert "fnuz" in seen.message
+
+
+# --- what is refused, and what is only noted ---
+def test_buffer_reads_that_hardware_answers_with_zero_are_notes(arch: str):
+    text = f"""
+.amdgcn_target "amdgcn-amd-amdhsa--{arch}"
+.text
+.globl k
+.p2align 8
+.type k,@function
+k:
+  s_load_dwordx4 s[4:7], s[0:1], 0x0
+  v_lshlrev_b32_e32 v1, 2, v0
+  s_waitcnt lgkmcnt(0)
+  s_mov_b32 s8, s4
+  s_mov_b32 s9, s5
+  s_mov_b32 s10, 128
+  s_mov_b32 s11, 0x27000
+  buffer_load_dword v2, v1, s[8:11], 0 offen
+  s_waitcnt vmcnt(0)
+  global_store_dword v1, v2, s[6:7]
+  s_endpgm
+.Lfunc_end0:
+.size k, .Lfunc_end0-k
+.rodata
+.p2align 6
+.amdhsa_kernel k
+  .amdhsa_user_sgpr_kernarg_segment_ptr 1
+  .amdhsa_user_sgpr_count 2
+  .amdhsa_next_free_vgpr 4
+  .amdhsa_next_free_sgpr 16
+  .amdhsa_accum_offset 4
+  .amdhsa_kernarg_size 16
+.end_amdhsa_kernel
+.amdgpu_metadata
+---
+amdhsa.version: [1, 2]
+amdhsa.kernels:
+  - .name: k
+    .symbol: k.kd
+    .kernarg_segment_size: 16
+    .kernarg_segment_align: 8
+    .group_segment_fixed_size: 0
+    .private_segment_fixed_size: 0
+    .wavefront_size: 64
+    .sgpr_count: 16
+    .vgpr_count: 4
+    .max_flat_workgroup_size: 64
+    .args:
+      - {{.offset: 0, .size: 8, .value_kind: global_buffer}}
+      - {{.offset: 8, .size: 8, .value_kind: global_buffer}}
+...
+.end_amdgpu_metadata
+"""
+    x, out = torch.randn(64), torch.full((64,), 5.0)
+    found = llvm.Kernel(text, arch).launch((1,), (64,), x, out, schedules=ALL)
+    assert [(f.kind, f.severity, f.count) for f in found] == [("buffer-read-zero", "note", 32)]
+    assert torch.equal(out[:32], x[:32])
+    assert (out[32:] == 0).all()
+
+
+def test_unmodelled_instructions_are_listed(arch: str):
+    x, out = torch.randn(256), torch.zeros(256)
+    with triton_driver.active(arch) as driver:
+        kernels.add[(1,)](x, x, out, 256, BLOCK=256)
+    strange = driver.launches[0].assembly.replace(
+        "s_endpgm", "v_msad_u8 v1, v2, v3, v4\n\ts_endpgm"
+    )
+    with pytest.raises(UnsupportedInstructions, match=rf"on {arch}: 1 kinds.*v_msad_u8"):
+        llvm.Kernel(strange, arch)
+
+
+def test_endless_loop_is_stopped(arch: str, monkeypatch: pytest.MonkeyPatch):
+    from gcnemu import program
+
+    monkeypatch.setattr(program, "INSTRUCTION_BUDGET", 10_000)
+    text = """
+define amdgpu_kernel void @spin(ptr addrspace(1) %x) {
+entry:
+  br label %loop
+loop:
+  %v = load volatile i32, ptr addrspace(1) %x
+  %c = icmp eq i32 %v, 7
+  br i1 %c, label %done, label %loop
+done:
+  ret void
+}
+"""
+    kernel = llvm.Kernel.from_ir(text, arch)
+    with pytest.raises(RuntimeError, match="spin: stopped in workgroup .* no end"):
+        kernel.launch((1,), (64,), torch.zeros(1, dtype=torch.int32))
+
+
+def test_compile_only(arch: str):
+    """Without execution, launches are compiled and recorded, and memory is left alone."""
+    x, out = torch.randn(256), torch.full((256,), 3.0)
+    with triton_driver.active(arch, execute=False) as driver:
+        kernels.add[(1,)](x, x, out, 256, BLOCK=256)
+    assert not driver.launches[0].ran
+    assert driver.launches[0].binary[:4] == b"\x7fELF"
+    assert (out == 3).all()
