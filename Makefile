@@ -34,7 +34,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help install dev demo test versions lint typecheck format clean distclean
+.PHONY: help install dev demo test emulate versions lint typecheck format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,10 @@ demo: install ## serve the small example model on the CPU and ask it something
 	@$(PY) examples/simple_inference.py $(DEMO_ARGS)
 
 test: lint typecheck ## lint, type-check and run the tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -m 'not emulate' $(PYTEST_ARGS)
+
+emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs gcc)
+	$(PY) -m pytest -m emulate $(PYTEST_ARGS)
 
 versions: dev ## the seam and layer tests on every supported vLLM (downloads 600 MB)
 	@folders=$$($(PY) packaging/vllm_versions.py .cache/vllm); \

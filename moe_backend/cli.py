@@ -93,8 +93,8 @@ def _add_verify(commands: Any) -> None:
         action="append",
         default=[],
         metavar="ARCH",
-        help="compile the kernels for this AMD target (gfx942, gfx950) and inspect the machine code, "
-        "nothing else; may be repeated; needs no GPU",
+        help="compile the kernels for this AMD target (gfx942, gfx950) and inspect the machine "
+        "code, nothing else; may be repeated; needs no GPU",
     )
     parser.add_argument(
         "--emulate",

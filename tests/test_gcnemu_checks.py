@@ -65,6 +65,7 @@ def test_product_in_32_bits_is_caught(arch: str):
     assert not torch.equal(out, expected)
     assert kinds(found) == {"outside-tensor"}
     assert "bytes before the start of torch.uint8 [3221225472]" in str(found[0])
+    assert "4 GiB higher is inside" in str(found[0])
     assert found[0].source.startswith("gcnemu_kernels.py:")
 
 

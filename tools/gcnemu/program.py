@@ -152,6 +152,7 @@ class _Run:
             Region(ctypes.addressof(self.kernarg), size, "kernel arguments", True),
             Region(ctypes.addressof(self.dispatch), 128, "dispatch packet", True),
         ]
+        self.tensors = regions
         self.regions = _merged([*own, *regions])
         self.lds_size = descriptor.get("group_segment_fixed_size", 0) + dynamic_lds
         self.written: np.ndarray | None = None
@@ -255,10 +256,9 @@ class _Run:
         return out
 
     def _near(self, address: int) -> str:
-        """The nearest tensor below or above, as a distance in bytes."""
-        best = "no tensor near"
-        nearest = 1 << 62
-        for region in self.regions:
+        """The nearest tensor below or above, as a distance in bytes, and a hint at a lost carry."""
+        best, nearest = "no tensor near", 1 << 62
+        for region in self.tensors:
             for distance, text in (
                 (address - (region.start + region.size), "past the end of"),
                 (region.start - address, "before the start of"),
@@ -266,6 +266,10 @@ class _Run:
                 if 0 <= distance < nearest:
                     nearest = distance
                     best = f"{distance} bytes {text} {region.name} ({region.size} bytes)"
+        for sign, text in ((1, "higher"), (-1, "lower")):
+            for region in self.tensors:
+                if 0 <= address + sign * (1 << 32) - region.start < region.size:
+                    best += f"; 4 GiB {text} is inside {region.name}: a 32-bit offset?"
         return best
 
     def writes(self) -> np.ndarray:
