@@ -41,6 +41,22 @@ def matmul(
 
 
 @triton.jit
+def matmul_nn(
+    a, b, c, K, stride_a, stride_b, stride_c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """c[m, n] = sum of a[m, k] b[k, n]: b is transposed on its way to the matrix instruction."""
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        x = tl.load(a + rm[:, None] * stride_a + (k + rk)[None, :])
+        y = tl.load(b + (k + rk)[:, None] * stride_b + rn[None, :])
+        acc = tl.dot(x, y, acc)
+    tl.store(c + rm[:, None] * stride_c + rn[None, :], acc)
+
+
+@triton.jit
 def scaled_matmul(
     a, a_scale, b, b_scale, c,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,

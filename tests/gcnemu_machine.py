@@ -100,7 +100,7 @@ def body(case: Case, arch: str) -> str:
 
 
 def _instruction(case: Case) -> asm.Instruction:
-    return asm._instruction(case.text, 1, "")
+    return asm.parse_instruction(case.text, 1, "")
 
 
 def check(case: Case, arch: str) -> None:
@@ -108,7 +108,7 @@ def check(case: Case, arch: str) -> None:
     shape, c_body = shape_of(_instruction(case), arch, case.labels)
     program = (state.Ins * 2)()
     # The instruction, then s_endpgm, which waits for everything outstanding.
-    end = shape_of(asm._instruction("s_endpgm", 2, ""), arch, {})[1]
+    end = shape_of(asm.parse_instruction("s_endpgm", 2, ""), arch, {})[1]
     program[0].fn, program[1].fn = build.functions([c_body, end])
     for n, value in enumerate(shape.registers):
         program[0].r[n] = value
@@ -131,7 +131,7 @@ def run_sequence(state_: State, text: str, arch: str) -> None:
         case = Case(line.split()[0], line, lambda state: None)
         shape, c_body = shape_of(_instruction(case), arch, {})
         program = (state.Ins * 2)()
-        end = shape_of(asm._instruction("s_endpgm", 2, ""), arch, {})[1]
+        end = shape_of(asm.parse_instruction("s_endpgm", 2, ""), arch, {})[1]
         program[0].fn, program[1].fn = build.functions([c_body, end])
         for n, value in enumerate(shape.registers):
             program[0].r[n] = value

@@ -17,9 +17,10 @@ except build.NoCompiler as missing:
 import gcnemu_flydsl_kernels as kernels
 from gcnemu import flydsl_driver
 from gcnemu.program import ALL
+
 from moe_backend.verify import amd, amd_inspect
 
-pytestmark = pytest.mark.parametrize("arch", ("gfx942", "gfx950"))
+pytestmark = pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 
 

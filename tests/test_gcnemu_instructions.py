@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from gcnemu import build
@@ -141,6 +142,54 @@ v_div_fixup_f32 v10, v15, v4, v2"""
         near = np.where(tiny, got, 0).astype(np.float64) - np.where(tiny, expected, 0)
         ok |= tiny & (np.abs(near) <= 2.0**-149)
         assert ok.all(), (n[~ok], d[~ok], got[~ok], expected[~ok])
+
+
+CONVERSIONS = [
+    ("v_cvt_pk_fp8_f32", "gfx942", torch.float8_e4m3fnuz),
+    ("v_cvt_pk_fp8_f32", "gfx950", torch.float8_e4m3fn),
+    ("v_cvt_pk_bf8_f32", "gfx942", torch.float8_e5m2fnuz),
+    ("v_cvt_pk_bf8_f32", "gfx950", torch.float8_e5m2),
+    ("v_cvt_pk_bf16_f32", "gfx950", torch.bfloat16),
+    ("v_cvt_pk_f16_f32", "gfx950", torch.float16),
+    ("v_cvt_f16_f32", "gfx942", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("name", "arch", "dtype"), CONVERSIONS)
+def test_every_rounding(name: str, arch: str, dtype: torch.dtype):
+    """Every value of the format, halfway point and neighbour of one, against torch's conversion.
+
+    16-bit formats: every 37th of their values.
+    """
+    bits = 8 * dtype.itemsize
+    integer = torch.uint8 if bits == 8 else torch.int16
+    codes = torch.arange(0, 1 << bits, 1 if bits == 8 else 37)
+    values = codes.to(integer).view(dtype).double()
+    finite = values[values.isfinite()].unique()
+    middle = ((finite[1:] + finite[:-1]) / 2).float()
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    extremes = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 0.0, -0.0, 1e-45])
+    parts = [finite.float(), middle, torch.nextafter(middle, up), torch.nextafter(middle, down)]
+    x = torch.cat([*parts, extremes])
+    if dtype == torch.float8_e4m3fn:
+        x = x[x.abs() <= 448]  # beyond, torch saturates; hardware does not, with FP16_OVFL 0
+    x = torch.cat([x, torch.ones(-len(x) % 64)])
+    expected = x.to(dtype).view(integer).int() & (1 << bits) - 1
+    second = ", v4" if "_pk_" in name else ""
+    state = gcnemu_machine.State(0)
+    state.exec = (1 << 64) - 1
+    for at in range(0, len(x), 64):
+        chunk, wanted = x[at : at + 64], expected[at : at + 64]
+        state.v[2] = chunk.view(torch.int32).numpy().view(np.uint32)
+        state.v[4] = state.v[2][::-1]
+        gcnemu_machine.run_sequence(state, f"{name} v10, v2{second}", arch)
+        got = torch.from_numpy(state.v[10].astype(np.int64))
+        results = [(got, chunk, wanted)]
+        if second:
+            results.append((got >> bits, chunk.flip(0), wanted.flip(0)))
+        for codes, source, right in results:
+            same = (codes & (1 << bits) - 1 == right) | source.isnan()
+            assert same.all(), (source[~same], codes[~same], right[~same])
 
 
 def emitted(shape: Shape) -> str:

@@ -91,6 +91,31 @@ def test_matmul(arch: str, dtype: str, size: int):
     assert (c[:, n:] == -7).all()
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "size", "instruction"),
+    [
+        ("gfx942", "bf16", 16, "ds_read"),
+        ("gfx942", "fp8_fnuz", 32, "ds_read"),
+        ("gfx950", "bf16", 16, "ds_read_b64_tr_b16"),
+        ("gfx950", "bf16", 32, "ds_read_b64_tr_b16"),
+        ("gfx950", "fp8", 16, "ds_read_b64_tr_b8"),
+        ("gfx950", "fp8", 32, "ds_read_b64_tr_b8"),
+    ],
+)
+def test_transposed_operand(arch: str, dtype: str, size: int, instruction: str):
+    """b is stored k first: gfx950 turns it around with the transposing LDS reads."""
+    torch.manual_seed(size)
+    a, b = torch.randn(64, 256).to(DTYPES[dtype]), torch.randn(256, 128).to(DTYPES[dtype])
+    c = torch.empty(64, 128)
+    with triton_driver.active(arch, schedules=ALL) as driver:
+        kernels.matmul_nn[(1, 2)](
+            a, b, c, 256, 256, 128, 128, BM=64, BN=64, BK=128, matrix_instr_nonkdim=size
+        )
+    clean(driver)
+    assert instruction in driver.launches[0].assembly
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=2e-5, atol=1e-4)
+
+
 def scaled_operand(kind: str, rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Packed codes [rows, k / pack], their values, and the pack."""
     if kind == "e2m1":

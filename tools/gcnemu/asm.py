@@ -116,7 +116,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
             if where and where[2] != "0":
                 source = f"{files.get(where[1], '?').rsplit('/', 1)[-1]}:{where[2]}"
             continue
-        kernel.instructions.append(_instruction(line, number, source))
+        kernel.instructions.append(parse_instruction(line, number, source))
     return kernel
 
 
@@ -132,7 +132,8 @@ def _symbol_value(text: str, symbols: dict[str, str]) -> int:
     return 0
 
 
-def _instruction(line: str, number: int, source: str) -> Instruction:
+def parse_instruction(line: str, number: int = 0, source: str = "") -> Instruction:
+    """One line without its comment; `number` and `source` say where it stands."""
     opcode, _, rest = line.partition(" ") if " " in line else line.partition("\t")
     encoding = ""
     if match := re.fullmatch(r"(v_\w+?)_(e64_dpp|e32|e64|dpp|sdwa)", opcode):

@@ -176,17 +176,13 @@ _callbacks = (
 
 
 def _same_metadata(text: str, kernels: dict[str, code_object.CodeObjectKernel]) -> bool:
-    """Registers, LDS and argument block of each kernel in the text are those of the code object."""
+    """The register counts of each kernel in the text are those of the code object."""
     for name, kernel in kernels.items():
-        block = re.search(
-            rf"\.name:\s+{re.escape(name)}\n(.*?)(?=\n  - |\n\.\.\.|\namdhsa)", text, re.S
-        )
-        about = block[0] if block else text
-        for key, value in (
-            (".vgpr_count", kernel.vgpr), (".sgpr_count", kernel.sgpr),
-        ):  # fmt: skip
-            found = re.findall(rf"{re.escape(key)}:\s+(\d+)", about)
-            if found and str(value) not in found:
+        about = re.search(rf"\.name:\s+{re.escape(name)}\n(.*?)(?=\n  - |\n\.\.\.)", text, re.S)
+        if about is None:
+            return False
+        for key, value in ((".vgpr_count", kernel.vgpr), (".sgpr_count", kernel.sgpr)):
+            if str(value) not in re.findall(rf"{re.escape(key)}:\s+(\d+)", about[1]):
                 return False
     return True
 
@@ -245,7 +241,8 @@ def active(arch: str, **options: Any) -> Iterator[FlyDriver]:
     library, path = _stand_in()
     library.install(*_callbacks)
     environment = {
-        "ARCH": arch, "FLYDSL_GPU_ARCH": arch, "ROCM_PATH": str(rocm_folder()), "FLYDSL_DUMP_IR": "1",
+        "ARCH": arch, "FLYDSL_GPU_ARCH": arch, "ROCM_PATH": str(rocm_folder()),
+        "FLYDSL_DUMP_IR": "1",
         "FLYDSL_DUMP_DIR": driver.dumps, "FLYDSL_RUNTIME_ENABLE_CACHE": "0",
     }  # fmt: skip
     before = {key: os.environ.get(key) for key in environment}
