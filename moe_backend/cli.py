@@ -151,7 +151,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _climb(args: argparse.Namespace) -> int:
-    from moe_backend.verify import amd, amd_inspect
+    from moe_backend.verify import amd, amd_cases, amd_inspect
 
     def heard(result: amd.Compiled | amd.Emulated) -> None:
         if isinstance(result, amd.Compiled):
@@ -162,9 +162,9 @@ def _climb(args: argparse.Namespace) -> int:
             for fault in result.faults:
                 print(f"         {fault}")
 
-    kernels = amd.own_kernels(quick=args.quick, only=args.kernel)
+    kernels = amd_cases.own_kernels(quick=args.quick, only=args.kernel)
     found = amd.climb(kernels, compile_for=args.compile, emulate_on=args.emulate, heard=heard)
-    print(amd_inspect.table([c.inspection for c in found.compiled if c.inspection]))
+    print(amd_inspect.table([(c.case, c.inspection) for c in found.compiled if c.inspection]))
     bad = sum(not c.ok for c in found.compiled)
     print(f"{len(found.compiled)} kernels compiled, {bad} with problems")
     if args.emulate:

@@ -16,9 +16,10 @@ except build.NoCompiler as missing:
 import gcnemu_ir as ir
 import gcnemu_kernels as kernels
 from gcnemu import llvm, triton_driver
-from gcnemu.memory import sparse
 from gcnemu.program import ALL, ONE
 from gcnemu.translate import UnsupportedInstructions
+
+from moe_backend.verify.sparse import sparse
 
 ARCHS = ("gfx942", "gfx950")
 pytestmark = pytest.mark.parametrize("arch", ARCHS)

@@ -19,7 +19,7 @@ except build.NoCompiler as missing:
 import gcnemu_kernels as kernels
 
 from moe_backend.cli import main
-from moe_backend.verify import amd, amd_inspect
+from moe_backend.verify import amd, amd_cases, amd_inspect
 from moe_backend.verify.amd_triton import LDS_BYTES, recording
 
 ARCHS = ("gfx942", "gfx950")
@@ -70,12 +70,12 @@ def test_matrix_instructions(arch: str, dtype: torch.dtype, op: str, fallback: b
     assert found.loads
     problems = found.problems(LDS_BYTES[arch])
     assert problems == (["FP8 operands are multiplied in f16"] if fallback else [])
-    assert "matmul" in amd_inspect.table([found])
+    assert "matmul" in amd_inspect.table([("a case", found)])
 
 
 def test_addressing_width():
     """Small tensors are read through 32-bit offsets, those from 2 GiB with 64-bit addresses."""
-    from gcnemu.memory import sparse
+    from moe_backend.verify.sparse import sparse
 
     kinds = []
     for size in (1 << 20, 3 << 30):
@@ -211,7 +211,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no AMD target 'gfx906'; known are gfx942, gfx950"):
         amd.climb([], compile_for=["gfx906"])
     with pytest.raises(ValueError, match="no kernel 'reference' for AMD targets"):
-        amd.own_kernels(only="reference")
+        amd_cases.own_kernels(only="reference")
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch):
@@ -253,6 +253,6 @@ def test_command(tmp_path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_small_case(arch: str):
     """Every small case of the package's own verification, on the machine code."""
-    found = amd.climb(amd.own_kernels(), compile_for=[], emulate_on=[arch])
+    found = amd.climb(amd_cases.own_kernels(), compile_for=[], emulate_on=[arch])
     assert len(found.emulated) > 50
     assert [(e.case, e.rel_l2, e.faults, e.message) for e in found.emulated if not e.ok] == []

@@ -141,19 +141,19 @@ def _addressing(line: str) -> str | None:
     return f"{kind}, to LDS" if "_lds_" in opcode else kind
 
 
-def table(inspections: list[Inspection]) -> str:
-    """The inspections as a table for people."""
-    head = ("kernel", "arch", "vgpr", "agpr", "sgpr", "lds", "spills", "scratch", "matrix", "loads")
-    rows = [head]
-    for i in inspections:
+def table(rows: list[tuple[str, Inspection]]) -> str:
+    """Inspections, each with the case that it was seen in, as a table for people."""
+    head = ("arch", "kernel", "vgpr", "agpr", "sgpr", "lds", "spills", "matrix", "loads", "case")
+    cells = [head]
+    for case, i in rows:
         matrix = ", ".join(f"{n.removeprefix('v_mfma_')} x{k}" for n, k in i.matrix_ops.items())
-        loads = ", ".join(f"{kind} x{n}" for kind, n in i.loads.items())
-        rows.append(
-            (i.kernel, i.arch, str(i.vgpr), str(i.agpr), str(i.sgpr), str(i.lds), str(i.spills),
-             str(i.scratch), matrix or "-", loads or "-")
+        loads = ", ".join(f"{kind} x{n}" for kind, n in sorted(i.loads.items()))
+        cells.append(
+            (i.arch, i.kernel, str(i.vgpr), str(i.agpr), str(i.sgpr), str(i.lds), str(i.spills),
+             matrix or "-", loads or "-", case)
         )  # fmt: skip
-    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in cells
     )
