@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -56,6 +58,19 @@ def test_write_past_the_end_is_caught(arch: str):
     with pytest.raises(RuntimeError, match="outside-tensor"):
         with flydsl_driver.active(arch):
             launch(out.data_ptr(), x.data_ptr(), y.data_ptr(), 1_000_000)
+
+
+def test_assembly_must_be_the_code_objects(arch: str):
+    """Must fail: a text that assembles to other bytes than the code object's is not run."""
+    x, out = torch.randn(256), torch.zeros(256)
+    launch = kernels.vector_add(256)
+    with flydsl_driver.active(arch) as driver:
+        launch(out.data_ptr(), x.data_ptr(), x.data_ptr(), 256)
+        blob = driver.launches[0].binary
+        for path in Path(driver.dumps).rglob("*final_isa.s"):
+            path.write_text(path.read_text().replace("v_add_f32", "v_sub_f32"))
+        with pytest.raises(RuntimeError, match="assembly dumps is the code of"):
+            driver._assembly_of(blob)
 
 
 def test_ladder(arch: str):

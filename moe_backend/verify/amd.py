@@ -206,7 +206,7 @@ def _emulate(kernel: KernelUnderTest, arch: str) -> Iterator[Emulated]:
             with _driver(kernel.language, arch, execute=True) as driver, _poisoned_memory():
                 with torch.inference_mode():
                     result = case.run()
-        except Exception as failure:  # what a compiler, a host or the emulator raises is the finding
+        except Exception as failure:  # of the compiler, the host code or the emulator
             yield Emulated(
                 kernel.name,
                 arch,

@@ -59,6 +59,22 @@ def read(blob: bytes) -> dict[str, CodeObjectKernel]:
     raise ValueError("the ELF file has no AMDGPU metadata")
 
 
+def code(blob: bytes) -> bytes:
+    """The machine code: the contents of the section .text.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    (at,) = struct.unpack_from("<Q", blob, 40)
+    size, count, names = struct.unpack_from("<HHH", blob, 58)
+    sections = [struct.unpack_from("<IIQQQQ", blob, at + n * size) for n in range(count)]
+    for name, _, _, _, offset, length in sections:
+        start = sections[names][4] + name
+        if blob[start : start + 6] == b".text\0":
+            return blob[offset : offset + length]
+    raise ValueError("the code object has no section .text")
+
+
 def _metadata(notes: bytes) -> dict[str, Any] | None:
     at = 0
     while at + 12 <= len(notes):

@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import re
 import struct
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from gcnemu import asm, build
+from gcnemu import asm, build, llvm
 from gcnemu.checks import FAULT
 from gcnemu.program import ONE, Program, Region, Schedule
 from moe_backend.verify import code_object
@@ -134,14 +133,22 @@ class FlyDriver:
             raise RuntimeError(f"{name} on {self.arch}: " + "; ".join(faults[:4]))
 
     def _assembly_of(self, blob: bytes) -> str:
-        """The assembly text that FlyDSL wrote beside this code object: the newest that fits it."""
-        kernels = code_object.read(blob)
+        """The assembly text that FlyDSL wrote beside this code object.
+
+        It comes from a second run of FlyDSL's compiler, so it is assembled and must give the same
+        bytes: what runs is then the code object's own code.
+        """
+        names, machine_code = set(code_object.read(blob)), code_object.code(blob)
         dumps = sorted(Path(self.dumps).rglob("*final_isa.s"), key=os.path.getmtime, reverse=True)
         for path in dumps:
             text = path.read_text()
-            if set(asm.kernel_names(text)) == set(kernels) and _same_metadata(text, kernels):
+            if set(asm.kernel_names(text)) != names:
+                continue
+            if code_object.code(llvm.assemble(text, self.arch)) == machine_code:
                 return text
-        raise RuntimeError(f"FlyDSL wrote no assembly of {sorted(kernels)} into {self.dumps}")
+        raise RuntimeError(
+            f"none of FlyDSL's {len(dumps)} assembly dumps is the code of {sorted(names)}"
+        )
 
 
 _modules: list[tuple[bytes, str]] = []
@@ -173,18 +180,6 @@ _callbacks = (
     _GET(_guarded(_get)),
     _LAUNCH(_guarded(lambda *a: _active[-1].launch(*a))),
 )
-
-
-def _same_metadata(text: str, kernels: dict[str, code_object.CodeObjectKernel]) -> bool:
-    """The register counts of each kernel in the text are those of the code object."""
-    for name, kernel in kernels.items():
-        about = re.search(rf"\.name:\s+{re.escape(name)}\n(.*?)(?=\n  - |\n\.\.\.)", text, re.S)
-        if about is None:
-            return False
-        for key, value in ((".vgpr_count", kernel.vgpr), (".sgpr_count", kernel.sgpr)):
-            if str(value) not in re.findall(rf"{re.escape(key)}:\s+(\d+)", about[1]):
-                return False
-    return True
 
 
 def _elf_size(address: int) -> int:
