@@ -76,3 +76,52 @@ define amdgpu_kernel void @copy(ptr addrspace(1) %x, ptr addrspace(1) %out) #0 {
 def copy(wait: int = WAIT_VM) -> str:
     """An LDS-DMA is counted by vmcnt; waiting for lgkmcnt does not wait for it."""
     return COPY.replace("WAIT", str(wait))
+
+
+def assembly(arch: str, body: str, *, scratch: int = 0, user: int = 2, extra: str = "") -> str:
+    """A kernel `k` of two pointers, in s[4:5] and s[6:7], with this code."""
+    return f"""
+.amdgcn_target "amdgcn-amd-amdhsa--{arch}"
+.text
+.globl k
+.p2align 8
+.type k,@function
+k:
+  s_load_dwordx4 s[4:7], s[0:1], 0x0
+  s_waitcnt lgkmcnt(0)
+  {body}
+  s_endpgm
+.Lfunc_end0:
+.size k, .Lfunc_end0-k
+.rodata
+.p2align 6
+.amdhsa_kernel k
+  .amdhsa_user_sgpr_kernarg_segment_ptr 1
+  .amdhsa_user_sgpr_count {user}
+  .amdhsa_next_free_vgpr 8
+  .amdhsa_next_free_sgpr 16
+  .amdhsa_accum_offset 8
+  .amdhsa_kernarg_size 16
+  .amdhsa_private_segment_fixed_size {scratch}
+{extra}
+.end_amdhsa_kernel
+.amdgpu_metadata
+---
+amdhsa.version: [1, 2]
+amdhsa.kernels:
+  - .name: k
+    .symbol: k.kd
+    .kernarg_segment_size: 16
+    .kernarg_segment_align: 8
+    .group_segment_fixed_size: 0
+    .private_segment_fixed_size: {scratch}
+    .wavefront_size: 64
+    .sgpr_count: 16
+    .vgpr_count: 8
+    .max_flat_workgroup_size: 64
+    .args:
+      - {{.offset: 0, .size: 8, .value_kind: global_buffer}}
+      - {{.offset: 8, .size: 8, .value_kind: global_buffer}}
+...
+.end_amdgpu_metadata
+"""

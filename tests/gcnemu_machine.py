@@ -163,12 +163,12 @@ def _run(before: State, program: ctypes.Array) -> tuple[State, list[int]]:
     ctypes.memmove(wave.v, before.v.ctypes.data, before.v.nbytes)
     ctypes.memmove(wave.s, before.s.ctypes.data, before.s.nbytes)
     wave.scc, wave.pc = before.scc, 0
-    result = library.single(ctypes.byref(wave), program, 1)
+    result = library.gcn_single(ctypes.byref(wave), program, 1)
     after = before.copy()
     after.pc = wave.pc
     after.ended = result
     wave.pc = 1
-    library.single(ctypes.byref(wave), program, 1)
+    library.gcn_single(ctypes.byref(wave), program, 1)
     after.v = np.ctypeslib.as_array(wave.v).copy()
     after.s = np.ctypeslib.as_array(wave.s).copy()
     after.scc = wave.scc

@@ -16,6 +16,7 @@ except build.NoCompiler as missing:
 import gcnemu_ir as ir
 import gcnemu_kernels as kernels
 from gcnemu import llvm, triton_driver
+from gcnemu.asm import Unsupported
 from gcnemu.program import ALL, ONE
 from gcnemu.translate import UnsupportedInstructions
 
@@ -193,61 +194,95 @@ def test_ocp_codes_read_as_fnuz_are_caught(arch: str):
 
 # --- what is refused, and what is only noted ---
 def test_buffer_reads_that_hardware_answers_with_zero_are_notes(arch: str):
-    text = f"""
-.amdgcn_target "amdgcn-amd-amdhsa--{arch}"
-.text
-.globl k
-.p2align 8
-.type k,@function
-k:
-  s_load_dwordx4 s[4:7], s[0:1], 0x0
+    text = ir.assembly(
+        arch,
+        """
   v_lshlrev_b32_e32 v1, 2, v0
-  s_waitcnt lgkmcnt(0)
   s_mov_b32 s8, s4
   s_mov_b32 s9, s5
   s_mov_b32 s10, 128
   s_mov_b32 s11, 0x27000
   buffer_load_dword v2, v1, s[8:11], 0 offen
   s_waitcnt vmcnt(0)
-  global_store_dword v1, v2, s[6:7]
-  s_endpgm
-.Lfunc_end0:
-.size k, .Lfunc_end0-k
-.rodata
-.p2align 6
-.amdhsa_kernel k
-  .amdhsa_user_sgpr_kernarg_segment_ptr 1
-  .amdhsa_user_sgpr_count 2
-  .amdhsa_next_free_vgpr 4
-  .amdhsa_next_free_sgpr 16
-  .amdhsa_accum_offset 4
-  .amdhsa_kernarg_size 16
-.end_amdhsa_kernel
-.amdgpu_metadata
----
-amdhsa.version: [1, 2]
-amdhsa.kernels:
-  - .name: k
-    .symbol: k.kd
-    .kernarg_segment_size: 16
-    .kernarg_segment_align: 8
-    .group_segment_fixed_size: 0
-    .private_segment_fixed_size: 0
-    .wavefront_size: 64
-    .sgpr_count: 16
-    .vgpr_count: 4
-    .max_flat_workgroup_size: 64
-    .args:
-      - {{.offset: 0, .size: 8, .value_kind: global_buffer}}
-      - {{.offset: 8, .size: 8, .value_kind: global_buffer}}
-...
-.end_amdgpu_metadata
-"""
+  global_store_dword v1, v2, s[6:7]""",
+    )
     x, out = torch.randn(64), torch.full((64,), 5.0)
     found = llvm.Kernel(text, arch).launch((1,), (64,), x, out, schedules=ALL)
     assert [(f.kind, f.severity, f.count) for f in found] == [("buffer-read-zero", "note", 32)]
     assert torch.equal(out[:32], x[:32])
     assert (out[32:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "says"),
+    [
+        ("v_mov_b32 v1, 0\n global_store_dword v1, v1, s[0:1]", "read-only", "may only read"),
+        ("v_mov_b32 v1, 64\n scratch_store_dword v1, v1, off", "outside-scratch", "scratch memory"),
+        (
+            "s_mov_b32 s8, s4\n s_or_b32 s9, s5, 0x80000000\n s_mov_b32 s10, 64\n"
+            " s_mov_b32 s11, 0\n"
+            " buffer_load_dword v1, off, s[8:11], 0",
+            "buffer-resource",
+            "swizzled",
+        ),
+        (
+            "s_mov_b32 s8, s4\n s_mov_b32 s9, s5\n s_mov_b32 s10, 0\n s_mov_b32 s11, 0\n"
+            " buffer_store_dword v0, off, s[8:11], 0",
+            "buffer-write-dropped",
+            "past num_records",
+        ),
+    ],
+)
+def test_rarer_findings(arch: str, body: str, kind: str, says: str):
+    """Must fail: each of the other findings, seen once."""
+    x, out = torch.zeros(64), torch.zeros(64)
+    kernel = llvm.Kernel(ir.assembly(arch, body, scratch=64), arch)
+    (found,) = kernel.launch((1,), (64,), x, out)
+    assert (found.kind, found.count) == (kind, 1 if kind == "buffer-resource" else 64)
+    assert says in str(found)
+
+
+def test_trap_is_said(arch: str):
+    kernel = llvm.Kernel(ir.assembly(arch, "s_trap 2"), arch)
+    with pytest.raises(RuntimeError, match="k: stopped in workgroup .0, 0, 0.: s_trap"):
+        kernel.launch((1,), (64,), torch.zeros(1), torch.zeros(1))
+
+
+def test_other_float_modes_are_refused(arch: str):
+    text = ir.assembly(arch, "s_nop 0", extra="  .amdhsa_float_denorm_mode_32 0")
+    with pytest.raises(Unsupported, match=r"amdhsa_float_denorm_mode_32 0: only 3 is modelled"):
+        llvm.Kernel(text, arch)
+
+
+def test_user_registers(arch: str):
+    """Kernel arguments may come in registers; the workgroup's place follows the user registers."""
+    body = """
+  v_mov_b32_e32 v2, s2
+  v_mov_b32_e32 v3, s12
+  v_lshlrev_b32_e32 v1, 2, v0
+  global_store_dword v1, v2, s[6:7]
+  global_store_dword v1, v3, s[6:7] offset:256"""
+    # s[0:1] point to the argument block, s[2:3] hold its first two dwords, s12 the workgroup.
+    preload = "  .amdhsa_user_sgpr_kernarg_preload_length 2"
+    text = ir.assembly(arch, body, extra=preload, user=12)
+    x, out = torch.zeros(64), torch.zeros(128, dtype=torch.int32)
+    found = llvm.Kernel(text, arch).launch((1,), (64,), x, out)
+    assert found == []
+    assert out[0].item() & 0xFFFFFFFF == x.data_ptr() & 0xFFFFFFFF
+    assert out[64].item() == 0
+
+
+def test_bad_launches(arch: str):
+    kernel = llvm.Kernel(ir.assembly(arch, "s_nop 0"), arch)
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match="1 arguments for 2 parameters"):
+        kernel.launch((1,), (64,), x)
+    with pytest.raises(ValueError, match="1 to 1024 work-items"):
+        kernel.launch((1,), (2048,), x, x)
+    with pytest.raises(ValueError, match=r"grid \(0,\): one to three positive numbers"):
+        kernel.launch((0,), (64,), x, x)
+    with pytest.raises(ValueError, match="takes CPU tensors"):
+        kernel.launch((1,), (64,), torch.zeros(1, device="meta"), x)
 
 
 def test_unmodelled_instructions_are_listed(arch: str):

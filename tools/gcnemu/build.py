@@ -80,8 +80,8 @@ def runtime() -> ctypes.CDLL:
     if not target.exists():
         _compile((RUNTIME / "run.c").read_text(), target)
     library = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
-    library.prepare()
-    library.sizes.restype = ctypes.c_uint64
+    library.gcn_prepare()
+    library.gcn_sizes.restype = ctypes.c_uint64
     return library
 
 

@@ -81,7 +81,7 @@ def _stand_in() -> tuple[ctypes.CDLL, str]:
     if not target.exists() or not stamp.exists() or stamp.read_text() != source:
         build._compile(source, target)
         stamp.write_text(source)
-    return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL), str(target)
+    return ctypes.CDLL(str(target)), str(target)
 
 
 class FlyDriver:
@@ -234,7 +234,7 @@ def active(arch: str, **options: Any) -> Iterator[FlyDriver]:
 
     driver = FlyDriver(arch, **options)
     library, path = _stand_in()
-    library.install(*_callbacks)
+    library.gcn_install(*_callbacks)
     environment = {
         "ARCH": arch, "FLYDSL_GPU_ARCH": arch, "ROCM_PATH": str(rocm_folder()),
         "FLYDSL_DUMP_IR": "1",

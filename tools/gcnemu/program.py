@@ -189,7 +189,7 @@ class _Run:
         private = descriptor.get("private_segment_fixed_size", 0)
         scratch = ctypes.create_string_buffer(max(1, private * state.LANES * waves))
         three = ctypes.c_uint32 * 3
-        result = library.launch(
+        result = library.gcn_launch(
             ctypes.byref(start), self.program.code, ctypes.byref(group), three(*self.grid),
             three(*self.block), user, ids[0] | ids[1] << 1 | ids[2] << 2, self.schedule.order,
             scratch, private,
@@ -288,7 +288,7 @@ class _Run:
         return np.stack([where, _bytes_at(where)], axis=1)
 
     def undo(self) -> None:
-        build.runtime().roll_back(ctypes.byref(self.group))
+        build.runtime().gcn_roll_back(ctypes.byref(self.group))
 
     def redo(self) -> None:
         """Store again what was undone."""
@@ -315,7 +315,7 @@ class _Run:
         return f"{len(bad)} of {len(a)} written bytes differ, first {place}"
 
     def close(self) -> None:
-        build.runtime().free_journal(ctypes.byref(self.group))
+        build.runtime().gcn_free_journal(ctypes.byref(self.group))
 
 
 def _three(values: Sequence[int], what: str) -> tuple[int, int, int]:

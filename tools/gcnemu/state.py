@@ -68,7 +68,7 @@ SHADOW_BYTES = 8
 
 def check_sizes() -> None:
     """The structures here and in C must agree."""
-    sizes = build.runtime().sizes
+    sizes = build.runtime().gcn_sizes
     for which, structure in enumerate((Wave, Group, Ins, Finding, Write)):
         if sizes(which) != c.sizeof(structure):
             raise AssertionError(

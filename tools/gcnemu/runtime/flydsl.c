@@ -11,7 +11,7 @@ typedef void (*LaunchKernel)(void *function, const int64_t *sizes, int32_t share
 static LoadModule load_module;
 static GetFunction get_function;
 static LaunchKernel launch_kernel;
-void install(LoadModule l, GetFunction g, LaunchKernel k) { load_module = l; get_function = g; launch_kernel = k; }
+void gcn_install(LoadModule l, GetFunction g, LaunchKernel k) { load_module = l; get_function = g; launch_kernel = k; }
 
 void *mgpuModuleLoad(void *data, size_t size) { return load_module(data, size); }
 void *mgpuModuleLoadJIT(void *data, int level, size_t size) { (void)level; return load_module(data, size); }

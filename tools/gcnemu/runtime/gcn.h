@@ -10,6 +10,31 @@
 #include <stdint.h>
 #include <string.h>
 
+/* One prefix for the symbols that the dynamic linker sees. */
+#define report gcn_report
+#define global_read gcn_global_read
+#define global_write gcn_global_write
+#define global_atomic gcn_global_atomic
+#define lds_read gcn_lds_read
+#define lds_write gcn_lds_write
+#define lds_atomic gcn_lds_atomic
+#define scratch_at gcn_scratch_at
+#define pending gcn_pending
+#define landed gcn_landed
+#define wait_vm gcn_wait_vm
+#define wait_lgkm gcn_wait_lgkm
+#define count_only gcn_count_only
+#define mfma gcn_mfma
+#define mfma_i8 gcn_mfma_i8
+#define small_float gcn_small_float
+#define to_small_float gcn_to_small_float
+#define prepare gcn_prepare
+#define roll_back gcn_roll_back
+#define free_journal gcn_free_journal
+#define launch gcn_launch
+#define single gcn_single
+#define sizes gcn_sizes
+
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
 typedef int8_t i8; typedef int16_t i16; typedef int32_t i32; typedef int64_t i64;
 

@@ -298,7 +298,7 @@ static void begin(Wave *w, const Wave *start, Group *g, u32 id, u32 threads, con
   w->scratch = scratch + (u64)id * LANES * scratch_size; w->scratch_size = scratch_size;
   for (u64 i = 0; i + 4 <= (u64)LANES * scratch_size; i += 4) memcpy(w->scratch + i, &g->poison, 4);
 }
-int run_group(Wave *waves, u32 n, const Ins *program, Group *g, u32 order) {
+static int run_group(Wave *waves, u32 n, const Ins *program, Group *g, u32 order) {
   u8 done[64] = {0}, waiting[64] = {0}; u32 left = n; u64 seed = order * 0x9e3779b97f4a7c15ull + 1, spent = 0;
   g->waves = waves; g->n_waves = n; g->n_dma = 0;
   while (left) {
