@@ -87,6 +87,41 @@ def gather(x, index, out, BLOCK: tl.constexpr):
     tl.store(out + i, tl.load(x + tl.load(index + i)))
 
 
+@triton.jit
+def scans(x, sums, ordered, places, BLOCK: tl.constexpr):
+    """Running sums, a sort, and where the extremes are: exchanges between lanes and waves."""
+    i = tl.arange(0, BLOCK)
+    v = tl.load(x + i)
+    tl.store(sums + i, tl.cumsum(v, 0))
+    tl.store(ordered + i, tl.sort(v))
+    tl.store(places, tl.argmax(v, 0))
+    tl.store(places + 1, tl.argmin(v, 0))
+
+
+@triton.jit
+def integers(x, y, out, BLOCK: tl.constexpr):
+    """Quotient, remainder, product, shifts, larger one."""
+    i = tl.arange(0, BLOCK)
+    a, b = tl.load(x + i), tl.load(y + i)
+    tl.store(out + i, a // b)
+    tl.store(out + BLOCK + i, a % b)
+    tl.store(out + 2 * BLOCK + i, a * b)
+    tl.store(out + 3 * BLOCK + i, (a >> 3) ^ (b << 2))
+    tl.store(out + 4 * BLOCK + i, tl.where(a > b, a, b))
+
+
+@triton.jit
+def convert(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+
+@triton.jit
+def divide(x, y, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i) / tl.load(y + i))
+
+
 # --- kernels with a known bug ---
 @triton.jit
 def expert_row(weights, experts, out, stride_e, K, WIDE: tl.constexpr, BLOCK: tl.constexpr):

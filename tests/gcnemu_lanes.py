@@ -160,6 +160,19 @@ def case(text: str, expect: Callable[[State], None], prepare=None, **options) ->
     CASES.append(Case(name, text, expect, prepare or (lambda state: None), **options))
 
 
+def _literal(type: str, value: int):
+    def expect(state: State) -> None:
+        state.vcc = _lanes_to_int(value < read(state, 4, type)) & state.exec
+
+    return expect
+
+
+# A 32-bit literal of a 64-bit operand: extended with its sign, or with zeros; a float's high half.
+case("v_cmp_lt_i64_e32 vcc, 0xfffe7960, v[4:5]", _literal("i64", -100000), _compare_ready("i64"))
+case("v_cmp_lt_u64_e32 vcc, 0xfffe7960, v[4:5]", _literal("u64", 0xFFFE7960), _compare_ready("u64"))
+case("v_cmp_lt_f64_e32 vcc, 0x40934800, v[4:5]", _literal("f64", 1234), _compare_ready("f64"))
+
+
 # --- lanes and scalars ---
 def _first(state: State) -> None:
     lane = (state.exec & -state.exec).bit_length() - 1 if state.exec else 0
@@ -440,6 +453,25 @@ for _name, _type, _f, _n in (
     ("v_pk_mad_i16", "i16", lambda a, b, c: a.astype(L) * b + c, 3),
 ):
     _pk16(_name, _type, _f, _n)
+
+
+def _pk_clamp(name: str, dtype, low: int, high: int, sign: int) -> None:
+    def expect(state: State) -> None:
+        out = np.zeros(64, U32)
+        for at in (0, 16):
+            a, b = (
+                (state.v[r] >> at & 0xFFFF).astype(np.uint16).view(dtype).astype(L) for r in (2, 4)
+            )
+            out |= np.clip(a + sign * b, low, high).astype(dtype).view(np.uint16).astype(U32) << at
+        write(state, 10, out, "u32")
+
+    case(f"{name} v10, v2, v4 clamp", expect)
+
+
+_pk_clamp("v_pk_add_u16", np.uint16, 0, 65535, 1)
+_pk_clamp("v_pk_sub_u16", np.uint16, 0, 65535, -1)
+_pk_clamp("v_pk_add_i16", np.int16, -32768, 32767, 1)
+_pk_clamp("v_pk_sub_i16", np.int16, -32768, 32767, -1)
 
 
 def _pk32(name: str, n: int, f: Callable) -> None:

@@ -30,6 +30,7 @@ class State:
         self.lds = rng.integers(0, 256, LDS_BYTES, dtype=np.uint8)
         self.memory = MEMORY
         self.memory[:] = rng.integers(0, 256, MEMORY_BYTES, dtype=np.uint8)
+        self.overflow = 0  # MODE.FP16_OVFL
         self.ended = 0  # what the instruction returned: go on, barrier, end, trap
 
     # --- scalar pairs ---
@@ -162,7 +163,7 @@ def _run(before: State, program: ctypes.Array) -> tuple[State, list[int]]:
     wave.scratch, wave.scratch_size = ctypes.addressof(scratch), 256
     ctypes.memmove(wave.v, before.v.ctypes.data, before.v.nbytes)
     ctypes.memmove(wave.s, before.s.ctypes.data, before.s.nbytes)
-    wave.scc, wave.pc = before.scc, 0
+    wave.scc, wave.pc, wave.overflow = before.scc, 0, before.overflow
     result = library.gcn_single(ctypes.byref(wave), program, 1)
     after = before.copy()
     after.pc = wave.pc
@@ -171,7 +172,7 @@ def _run(before: State, program: ctypes.Array) -> tuple[State, list[int]]:
     library.gcn_single(ctypes.byref(wave), program, 1)
     after.v = np.ctypeslib.as_array(wave.v).copy()
     after.s = np.ctypeslib.as_array(wave.s).copy()
-    after.scc = wave.scc
+    after.scc, after.overflow = wave.scc, wave.overflow
     after.lds = np.frombuffer(lds, np.uint8).copy()
     after.memory = MEMORY.copy()
     after.scratch = np.frombuffer(scratch, np.uint8).copy()
@@ -182,6 +183,7 @@ def _compare(case: Case, seed: int, before: State, expected: State, after: State
     where = f"{case.text} (seed {seed}): "
     assert after.scc == expected.scc, f"{where}SCC is {after.scc}"
     assert after.pc == expected.pc, f"{where}the program counter is {after.pc}"
+    assert after.overflow == expected.overflow, f"{where}FP16_OVFL is {after.overflow}"
     assert after.ended == expected.ended, f"{where}it returned {after.ended}"
     for r in np.flatnonzero(after.s != expected.s):
         raise AssertionError(f"{where}s{r} is {after.s[r]:#x}, not {expected.s[r]:#x}")

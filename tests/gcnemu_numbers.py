@@ -103,6 +103,12 @@ def decode_array(codes: np.ndarray, name: str) -> np.ndarray:
     return table[codes.astype(np.int64)]
 
 
+def largest(name: str) -> float:
+    """The largest finite value."""
+    f = FORMATS[name]
+    return max(v for c in range(1 << (f.bits - 1)) if math.isfinite(v := decode(c, name)))
+
+
 def encode_array(values: np.ndarray, name: str) -> np.ndarray:
     return np.array([encode(float(v), name) for v in values.ravel()], np.uint32).reshape(
         values.shape

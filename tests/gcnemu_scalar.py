@@ -335,6 +335,13 @@ for _text, _result in (("s_endpgm", ENDED), ("s_barrier", AT_BARRIER), ("s_trap 
     _case(_text.split()[0], _text, _stops)
 
 
+def _overflow_on(state: State) -> None:
+    state.overflow = 1
+
+
+_case("s_setreg_imm32_b32", "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), 1", _overflow_on)
+
+
 def _zero(state: State) -> None:
     state.s[10] = 0
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from gcnemu_machine import Case, State
-from gcnemu_numbers import decode, decode_array, encode, encode_array, fma
+from gcnemu_numbers import decode, decode_array, encode, encode_array, fma, largest
 
 BOTH, CDNA4 = ("gfx942", "gfx950"), ("gfx950",)
 F32, F16, F64, U32, I32 = np.float32, np.float16, np.float64, np.uint32, np.int32
@@ -1105,8 +1105,77 @@ def _without_nan(prepare, name):
     return inner
 
 
+def _overflow_mode() -> list[Case]:
+    """MODE.FP16_OVFL: overflow gives the largest finite number; infinite operands keep theirs in f16."""
+    out = []
+
+    def ready(state: State) -> None:
+        state.overflow = 1
+        fill(state, 2, "f32"), fill(state, 4, "f32")
+        state.v[2][:8] = np.array([500, -1e5, 3e38, 448, 464, 465, 57344, 65520], F32).view(U32)
+
+    for arch in BOTH:
+        for kind in ("fp8", "bf8"):
+            fmt = _small(arch, kind)
+
+            def pack(state: State, fmt=fmt) -> None:
+                top = largest(fmt)
+                a, b = (np.clip(read(state, r, "f32").astype(F64), -top, top) for r in (2, 4))
+                bits = (encode_array(a, fmt) & 255 | (encode_array(b, fmt) & 255) << 8).astype(U32)
+                on = state.active
+                state.v[10][on] = (bits | state.v[10] & U32(0xFFFF0000))[on]
+
+            name = f"v_cvt_pk_{kind}_f32"
+            out.append(Case(name, f"{name} v10, v2, v4", pack, ready, archs=(arch,)))
+
+    def to_half(state: State) -> None:
+        a = read(state, 2, "f32").astype(F64)
+        a = np.where(np.isinf(a), a, np.clip(a, -65504, 65504))
+        write(state, 10, encode_array(a, "f16").astype(np.uint16).view(F16), "f16")
+
+    out.append(Case("v_cvt_f16_f32", "v_cvt_f16_f32 v10, v2", to_half, ready, "f16"))
+
+    def halves_ready(state: State) -> None:
+        state.overflow = 1
+        fill(state, 2, "f16"), fill(state, 4, "f16")
+
+    def product(state: State) -> None:
+        a, b = read(state, 2, "f16").astype(F64), read(state, 4, "f16").astype(F64)
+        d = np.where(np.isinf(a) | np.isinf(b), a * b, np.clip(a * b, -65504, 65504))
+        write(state, 10, encode_array(d, "f16").astype(np.uint16).view(F16), "f16")
+
+    out.append(Case("v_mul_f16", "v_mul_f16 v10, v2, v4", product, halves_ready, "f16"))
+    return out
+
+
+def _fixup_f16() -> list[Case]:
+    """V_DIV_FIXUP_F16: the quotient's sign and the special cases of a division."""
+
+    def ready(state: State) -> None:
+        for r in (2, 4, 6):
+            fill(state, r, "f16")
+
+    def expect(state: State) -> None:
+        q, den, num = (read(state, r, "f16").astype(F64) for r in (2, 4, 6))
+        sign = np.where(np.signbit(den) ^ np.signbit(num), -1.0, 1.0)
+        out = np.abs(np.where(np.isnan(q), np.inf, q)) * sign
+        out = np.where(np.isinf(den) | (num == 0), sign * 0.0, out)
+        out = np.where((den == 0) | np.isinf(num), sign * np.inf, out)
+        bad = (
+            np.isnan(den)
+            | np.isnan(num)
+            | ((den == 0) & (num == 0))
+            | (np.isinf(den) & np.isinf(num))
+        )
+        out = np.where(bad, np.nan, out).astype(F16)
+        write(state, 10, out, "f16", keep_high=True)
+
+    text = "v_div_fixup_f16 v10, v2, v4, v6"
+    return [Case("v_div_fixup_f16", text, expect, ready, "f16")]
+
+
 CASES: list[Case] = []
 for _op in OPS:
     CASES += op_cases(_op)
 CASES += _madk() + _special_forms() + _carries() + _mixed()
-CASES += _small_conversions() + _scaled_conversions()
+CASES += _small_conversions() + _scaled_conversions() + _overflow_mode() + _fixup_f16()

@@ -60,6 +60,71 @@ def test_atomics(arch: str):
     assert torch.equal(out, torch.bincount(x, minlength=50).int())
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_scans(arch: str):
+    x = torch.randn(512)
+    sums, ordered = torch.empty(512), torch.empty(512)
+    places = torch.empty(2, dtype=torch.int32)
+    with triton_driver.active(arch, schedules=ALL) as driver:
+        kernels.scans[(1,)](x, sums, ordered, places, BLOCK=512)
+    clean(driver)
+    torch.testing.assert_close(sums, x.cumsum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(ordered, x.sort().values)
+    assert places.tolist() == [x.argmax().item(), x.argmin().item()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_integers(arch: str, dtype: torch.dtype):
+    limit = 100 if dtype == torch.int8 else 3000
+    x = torch.randint(-limit, limit, (256,)).to(dtype)
+    y = torch.randint(1, 50, (256,)).to(dtype)
+    out = torch.empty(5, 256, dtype=dtype)
+    with triton_driver.active(arch, schedules=ALL) as driver:
+        kernels.integers[(1,)](x, y, out, BLOCK=256)
+    clean(driver)
+    quotient = torch.div(x, y, rounding_mode="trunc")
+    expected = [quotient, torch.fmod(x, y), x * y, (x >> 3) ^ (y << 2), torch.maximum(x, y)]
+    assert torch.equal(out, torch.stack(expected))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_division(arch: str, dtype: torch.dtype):
+    x, y = torch.randn(512).to(dtype), torch.randn(512).to(dtype)
+    out = torch.empty(512, dtype=dtype)
+    with triton_driver.active(arch, schedules=ALL) as driver:
+        kernels.divide[(1,)](x, y, out, BLOCK=512)
+    clean(driver)
+    torch.testing.assert_close(out, x / y)
+
+
+SMALL = [
+    torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", SMALL)
+def test_conversions(arch: str, dtype: torch.dtype):
+    """There and back, by an instruction where the target has one, by the compiler's code else."""
+    x = torch.cat(
+        [
+            torch.randn(500) * 4,
+            torch.tensor([0.0, -0.0, 1e-4, -1e-4, 2e-3, 3e-3, 100, -200] + [1.0] * 4),
+        ]
+    )
+    small, back = torch.empty(512, dtype=dtype), torch.empty(512)
+    with triton_driver.active(arch, schedules=ALL) as driver:
+        kernels.convert[(1,)](x, small, BLOCK=512)
+        kernels.convert[(1,)](small, back, BLOCK=512)
+    clean(driver)
+    expected = x.to(dtype)
+    assert torch.equal(small.float(), expected.float())
+    assert torch.equal(back, expected.float())
+
+
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,

@@ -31,8 +31,8 @@ DPP_CONTROLS = {
 def constant_bits(value: int | float, type: str) -> int:
     """A constant operand's bits, as its type reads it (ISA "Inline constants" and literals).
 
-    Integers are bits as they are, also where a float is read; a 32-bit literal of a 64-bit float is
-    its high half (LLVM prints it so).
+    Integers are bits as they are, also where a float is read. A 32-bit literal of a 64-bit operand
+    is the high half of a float; as an integer it is extended, with its sign where that is signed.
     """
     if isinstance(value, float):
         if type in ("f16", "u16", "i16", "b16"):
@@ -44,6 +44,8 @@ def constant_bits(value: int | float, type: str) -> int:
         return int(struct.unpack("<I", struct.pack("<f", value))[0])
     if type == "f64" and not -16 <= value <= 64:
         return (value & 0xFFFFFFFF) << 32
+    if type == "i64" and 1 << 31 <= value < 1 << 32:
+        value -= 1 << 32
     return value & 0xFFFFFFFFFFFFFFFF
 
 

@@ -122,7 +122,7 @@ def _check_modes(descriptor: dict[str, int]) -> None:
     """Float modes are those of compute kernels: denormals on, round to nearest even."""
     for key, expected in (
         ("float_denorm_mode_32", 3), ("float_denorm_mode_16_64", 3), ("float_round_mode_32", 0),
-        ("float_round_mode_16_64", 0), ("dx10_clamp", 1), ("fp16_overflow", 0),
+        ("float_round_mode_16_64", 0), ("dx10_clamp", 1),
     ):  # fmt: skip
         if descriptor.get(key, expected) != expected:
             raise Unsupported(f".amdhsa_{key} {descriptor[key]}: only {expected} is modelled")
@@ -180,6 +180,7 @@ class _Run:
         group.poison, group.budget = self.schedule.poison, INSTRUCTION_BUDGET
         group.ieee = descriptor.get("ieee_mode", 1)
         start = state.Wave()
+        start.overflow = descriptor.get("fp16_overflow", 0)
         user = self._user_registers(start)
         ids = [descriptor.get(f"system_sgpr_workgroup_id_{d}", int(d == "x")) for d in "xyz"]
         threads = self.block[0] * self.block[1] * self.block[2]

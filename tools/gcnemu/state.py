@@ -58,7 +58,8 @@ class Group(c.Structure):
 class Wave(c.Structure):
     _fields_ = [
         ("v", (u32 * LANES) * VGPRS), ("s", u32 * SGPRS), ("scc", u32), ("pc", u32), ("id", u32),
-        ("lanes", u32), ("scratch", c.c_void_p), ("scratch_size", u32), ("g", c.POINTER(Group)),
+        ("lanes", u32), ("overflow", u32),
+        ("scratch", c.c_void_p), ("scratch_size", u32), ("g", c.POINTER(Group)),
         ("vm", Queue), ("lgkm", Queue),
     ]  # fmt: skip
 

@@ -89,12 +89,17 @@ def _getreg(shape: Shape) -> str:
     return f"w->s[{shape.register(parse_operand(destination).index)}] = 0; return NEXT;"
 
 
+OVERFLOW_BIT = 23  # MODE.FP16_OVFL
+
+
 def _setreg(shape: Shape) -> str:
-    """Only what leaves the modelled mode: denormals on (bits 4 to 7 of MODE set)."""
+    """MODE.FP16_OVFL; and what leaves the modelled mode: denormals on (bits 4 to 7 of MODE set)."""
     text = shape.take("raw") or ""
     match = re.fullmatch(r"hwreg\(HW_REG_MODE,\s*(\d+),\s*(\d+)\),\s*(\w+)", text)
     if match:
         first, size, value = int(match[1]), int(match[2]), int(match[3], 0)
+        if (first, size) == (OVERFLOW_BIT, 1):
+            return f"w->overflow = {value & 1}; return NEXT;"
         if first >= 4 and first + size <= 8 and value == (1 << size) - 1:
             return "return NEXT;"
     raise Unsupported(f"s_setreg {text}")

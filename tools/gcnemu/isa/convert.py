@@ -1,7 +1,8 @@
 """Conversions: ISA "VOP1", "VOP3A & VOP3B"; scaled ones are CDNA4's.
 
 8-bit floats are FNUZ on gfx942 and OCP on gfx950: the same opcode reads the same byte as another
-number. Round to nearest even. MODE.FP16_OVFL is 0: too large a value becomes infinity or NaN.
+number. Round to nearest even. With MODE.FP16_OVFL too large a value becomes the largest finite one,
+otherwise infinity or NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ for name, signature, expression in (
 valu("v_cvt_f32_bf16", "f32 bf16", "a", VOP1, archs=CDNA4, family="convert")
 valu("v_cvt_pkrtz_f16_f32", "b32 f32 f32", "f2h_rtz(a) | f2h_rtz(b) << 16", VOP2, family="convert")
 valu(
-    "v_cvt_pk_f16_f32", "b32 f32 f32", "f2h(a) | f2h(b) << 16", VOP3, archs=CDNA4, family="convert"
+    "v_cvt_pk_f16_f32",
+    "b32 f32 f32",
+    "half(w, a) | half(w, b) << 16",
+    VOP3,
+    archs=CDNA4,
+    family="convert",
 )
 valu(
     "v_cvt_pk_bf16_f32", "b32 f32 f32", "f2b(a) | f2b(b) << 16", VOP3, archs=CDNA4, family="convert"
@@ -63,7 +69,7 @@ def _to_fp8_pair(shape: Shape) -> str:
     a, b = (shape.value(o, "f32") for o in shape.operands[1:3])
     at = 16 * _last(shape.vector("op_sel", 3, 0))
     return _loop(
-        f"u32 o = to_small_float({a}, {fmt}, 0) | to_small_float({b}, {fmt}, 0) << 8; "
+        f"u32 o = to_small_float({a}, {fmt}, w->overflow) | to_small_float({b}, {fmt}, w->overflow) << 8; "
         f"out[l] = (w->v[{d}][l] & ~(0xffffu << {at})) | o << {at};",
         f"put(w, {d}, out, ex); ",
     )
@@ -135,8 +141,8 @@ def _scaled_from_small(shape: Shape) -> str:
     if to == "f32":
         body += "out[l] = U(x); high[l] = U(y);"
         return _loop(body, f"put(w, {d}, out, ex); put(w, {d} + 1, high, ex); ")
-    encode = {"f16": "f2h", "bf16": "f2b"}[to]
-    return _loop(body + f"out[l] = {encode}(x) | {encode}(y) << 16;", f"put(w, {d}, out, ex); ")
+    encode = {"f16": "half(w, ", "bf16": "f2b("}[to]
+    return _loop(body + f"out[l] = {encode}x) | {encode}y) << 16;", f"put(w, {d}, out, ex); ")
 
 
 def _scaled_to_small(shape: Shape) -> str:
@@ -158,8 +164,8 @@ def _scaled_to_small(shape: Shape) -> str:
         raise Unsupported("op_sel of a source")
     width = 2 * bits
     return _loop(
-        f"{_SCALE.format(scale)}u32 o = to_small_float((float)((double){x} / scale), {fmt}, 0) "
-        f"| to_small_float((float)((double){y} / scale), {fmt}, 0) << {bits}; "
+        f"{_SCALE.format(scale)}u32 o = to_small_float((float)((double){x} / scale), {fmt}, w->overflow) "
+        f"| to_small_float((float)((double){y} / scale), {fmt}, w->overflow) << {bits}; "
         f"out[l] = (w->v[{d}][l] & ~({(1 << width) - 1:#x}u << {at})) | o << {at};",
         f"put(w, {d}, out, ex); ",
     )

@@ -68,14 +68,20 @@ def _pk_mov(shape: Shape) -> str:
 add("v_pk_mov_b32", "packed", SOURCE, _pk_mov)
 
 
-def _packed_16(type: str, expression: str) -> Emitter:
+SATURATING = ("v_pk_add_", "v_pk_sub_")  # integer clamp saturates
+
+
+def _packed_16(name: str, type: str, expression: str) -> Emitter:
     def emit(shape: Shape) -> str:
         d, sources = shape.vgpr(0), shape.operands[1:]
         low, high, neg_low, neg_high = _modifiers(shape, len(sources))
         is_float = type in ("f16", "bf16")
         if not is_float and (any(neg_low) or any(neg_high)):
             raise Unsupported("negation of packed integers")
-        clamp = ""
+        clamp = saturate = ""
+        if name.startswith(SATURATING) and shape.flag("clamp"):
+            low_end, high_end = (-32768, 32767) if type == "i16" else (0, 65535)
+            saturate = f"d = d < {low_end} ? {low_end} : d > {high_end} ? {high_end} : d; "
         if is_float and shape.flag("clamp"):
             clamp = "d = clamp01d(d); "
         code = "u32 out[64]; for (int l = 0; l < 64; l++) { u32 halves[2]; "
@@ -89,10 +95,10 @@ def _packed_16(type: str, expression: str) -> Emitter:
                 raw = shape.bits(operand, type if operand.kind == "const" else "b32")
                 code += f"const {C_TYPES[type]} {'abc'[k]} = {shape.value(operand, type, raw, select[k])}; "
             if is_float:
-                encode = {"f16": "d2h(d)", "bf16": "f2b((float)d)"}[type]
+                encode = {"f16": "half_d(w, d)", "bf16": "f2b((float)d)"}[type]
                 code += f"double d = {expression}; {clamp}halves[{half}] = {encode}; }} "
             else:
-                code += f"halves[{half}] = (u16)({expression}); }} "
+                code += f"i64 d = {expression}; {saturate}halves[{half}] = (u16)d; }} "
         return code + f"out[l] = halves[0] | halves[1] << 16; }} put(w, {d}, out, ex); return NEXT;"
 
     return emit
@@ -105,14 +111,14 @@ for name, expression in {
     "v_pk_max_f16": "max_f32(w, a, b)",
     "v_pk_min_f16": "min_f32(w, a, b)",
 }.items():
-    add(name, "packed", SOURCE, _packed_16("f16", expression))
+    add(name, "packed", SOURCE, _packed_16(name, "f16", expression))
 add(
     "v_pk_maximum3_f16", "packed", SOURCE,
-    _packed_16("f16", "maximum(maximum(a, b), c)"), CDNA4,
+    _packed_16("", "f16", "maximum(maximum(a, b), c)"), CDNA4,
 )  # fmt: skip
 add(
     "v_pk_minimum3_f16", "packed", SOURCE,
-    _packed_16("f16", "minimum(minimum(a, b), c)"), CDNA4,
+    _packed_16("", "f16", "minimum(minimum(a, b), c)"), CDNA4,
 )  # fmt: skip
 for name, type, expression in (
     ("v_pk_add_u16", "u16", "a + b"),
@@ -130,7 +136,7 @@ for name, type, expression in (
     ("v_pk_mad_u16", "u16", "(u32)a * b + c"),
     ("v_pk_mad_i16", "i16", "(i32)a * b + c"),
 ):
-    add(name, "packed", SOURCE, _packed_16(type, expression))
+    add(name, "packed", SOURCE, _packed_16(name, type, expression))
 
 
 def _pack_f16(shape: Shape) -> str:

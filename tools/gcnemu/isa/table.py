@@ -100,7 +100,7 @@ def emit_valu(
         if shape.flag("clamp"):
             body += f"d = {'clamp01d' if result == 'f64' else 'clamp01'}(d); "
     bits = {
-        "f32": "U(d)", "f16": "f2h(d)", "bf16": "f2b(d)", "f64": "UD(d)",
+        "f32": "U(d)", "f16": "half(w, d)", "bf16": "f2b(d)", "f64": "UD(d)",
         "u16": "(u16)d", "i16": "(u16)d", "b16": "d",
     }.get(result, "(u32)d")  # fmt: skip
     if result in ("f64", "u64", "i64", "b64"):

@@ -93,7 +93,9 @@ def _fma_f16(shape: Shape) -> str:
     plain = "float d = (float)fma((double)a, b, c); "
     if "d *=" in code or "clamp01" in code:
         return code
-    return code.replace(plain, "double d = fma((double)a, b, c); ").replace("f2h(d)", "d2h(d)")
+    return code.replace(plain, "double d = fma((double)a, b, c); ").replace(
+        "half(w, d)", "half_d(w, d)"
+    )
 
 
 add("v_fma_f16", "vector", VOP3, _fma_f16)
@@ -167,6 +169,8 @@ _FIXUP = (
     " else r = F((U(a) & 0x7fffffffu) | sign); r; })"
 )
 valu("v_div_fixup_f32", "f32 f32 f32 f32", _FIXUP, VOP3)
+_NO_UNDERFLOW = _FIXUP.replace(" else if (ilogbf(c) - ilogbf(b) < -150) r = F(sign);", "")
+valu("v_div_fixup_f16", "f16 f16 f16 f16", _NO_UNDERFLOW, VOP3, keep_high=True)
 
 
 # --- V_FMA_MIX: each source f32, or a half of a register as f16 ---
@@ -190,9 +194,7 @@ def _fma_mix(shape: Shape) -> str:
             "d = clamp01d(d); " if shape.flag("clamp") else ""
         )
         high = name == "v_fma_mixhi_f16"
-        bits = (
-            f"(w->v[{d}][l] & {0xFFFF if high else 0xFFFF0000:#x}u) | d2h(d) << {16 if high else 0}"
-        )
+        bits = f"(w->v[{d}][l] & {0xFFFF if high else 0xFFFF0000:#x}u) | half_d(w, d) << {16 if high else 0}"
     if len(shape.operands) != 4:
         raise Unsupported("operands")
     return f"u32 out[64]; for (int l = 0; l < 64; l++) {{ {body}out[l] = {bits}; }} put(w, {d}, out, ex); return NEXT;"

@@ -83,6 +83,7 @@ struct Wave {
   u32 v[VGPRS][LANES];
   u32 s[SGPRS];
   u32 scc, pc, id, lanes;
+  u32 overflow; /* MODE.FP16_OVFL: too large a half or 8-bit float becomes the largest finite one */
   u8 *scratch; u32 scratch_size;
   Group *g;
   Queue vm, lgkm;
@@ -152,6 +153,11 @@ static inline u32 d2h(double d) { /* one rounding from double: by way of a float
     if (fabs((double)f) > fabs(d)) x--;   /* truncated */
     x |= 1; }
   return f2h(F(x)); }
+/* Results of half-precision instructions: FP16_OVFL clamps overflow, but not infinite operands. */
+static inline u32 half(Wave *w, float f) {
+  u32 h = f2h(f); return w->overflow && (h & 0x7fff) == 0x7c00 && isfinite(f) ? h - 1 : h; }
+static inline u32 half_d(Wave *w, double d) {
+  u32 h = d2h(d); return w->overflow && (h & 0x7fff) == 0x7c00 && isfinite(d) ? h - 1 : h; }
 static inline float b2f(u32 b) { return F(b << 16); }
 static inline u32 f2b(float f) {
   u32 x = U(f); if ((x & 0x7fffffffu) > 0x7f800000u) return x >> 16 | 0x40;

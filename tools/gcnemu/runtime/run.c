@@ -287,7 +287,7 @@ static void begin(Wave *w, const Wave *start, Group *g, u32 id, u32 threads, con
   memcpy(w->s, start->s, user_sgprs * 4);
   u32 k = user_sgprs;
   for (u32 d = 0; d < 3; d++) if (ids_on >> d & 1) w->s[k++] = g->id[d];
-  w->scc = 0; w->pc = 0; w->id = id; w->g = g;
+  w->scc = 0; w->pc = 0; w->id = id; w->g = g; w->overflow = start->overflow;
   w->vm.head = w->vm.n = w->lgkm.head = w->lgkm.n = 0;
   u32 here = threads - LANES * id; if (here > LANES) here = LANES; w->lanes = here;
   EXEC = here == LANES ? ~0ull : (1ull << here) - 1; VCC = 0;
