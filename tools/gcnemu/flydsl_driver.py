@@ -15,6 +15,8 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -112,6 +114,10 @@ class FlyDriver:
 
     def launch(self, function: int, sizes: Any, shared: int, parameters: Any) -> None:
         (blob, assembly), name = _functions[function]
+        if not re.search(rf'amdgcn_target\s+"[^"]*{self.arch}\b', assembly):
+            raise RuntimeError(
+                f"{name} was compiled for another target than {self.arch}: make it anew"
+            )
         kernel = code_object.read(blob)[name]
         grid, block = tuple(sizes[0:3]), tuple(sizes[3:6])
         launch = Launch(
@@ -249,6 +255,7 @@ def active(arch: str, **options: Any) -> Iterator[FlyDriver]:
         yield driver
     finally:
         _active.pop()
+        shutil.rmtree(driver.dumps, ignore_errors=True)
         executor._resolve_runtime_libs = original
         for key, value in before.items():
             if value is None:
