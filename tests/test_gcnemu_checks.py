@@ -243,9 +243,15 @@ def test_rarer_findings(arch: str, body: str, kind: str, says: str):
 
 
 def test_trap_is_said(arch: str):
-    kernel = llvm.Kernel(ir.assembly(arch, "s_trap 2"), arch)
+    body = "v_mov_b32 v1, 0\n v_mov_b32 v2, 1.0\n global_store_dword v1, v2, s[6:7]\n s_trap 2"
+    kernel = llvm.Kernel(ir.assembly(arch, body), arch)
+    out = torch.zeros(1)
     with pytest.raises(RuntimeError, match="k: stopped in workgroup .0, 0, 0.: s_trap"):
-        kernel.launch((1,), (64,), torch.zeros(1), torch.zeros(1))
+        kernel.launch((1,), (64,), torch.zeros(1), out, schedules=ALL)
+    assert out.item() == 0  # what it wrote is undone
+    with pytest.raises(RuntimeError, match="s_trap"):
+        kernel.launch((1,), (64,), torch.zeros(1), out)
+    assert out.item() == 1
 
 
 def test_other_float_modes_are_refused(arch: str):

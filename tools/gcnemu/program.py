@@ -91,18 +91,26 @@ class Program:
             What the checks found, faults first.
 
         Raises:
-            RuntimeError: the run was stopped: a trap, no end, or waves that wait for each other.
+            RuntimeError: the run was stopped: a trap, no end, waves that wait for each other. With
+                several schedules, memory is as before.
         """
-        runs = []
+        runs: list[_Run] = []
+        several = len(schedules) > 1
         for schedule in schedules:
             run = _Run(self, kernarg, grid, block, dynamic_lds, list(regions), schedule, late)
-            run.go(journal=len(schedules) > 1)
-            run.written = run.writes() if len(schedules) > 1 else None
-            if len(schedules) > 1:
-                run.undo()
             runs.append(run)
+            try:
+                run.go(journal=several)
+            except RuntimeError:
+                run.undo()
+                for each in runs:
+                    each.close()
+                raise
+            if several:
+                run.written = run.writes()
+                run.undo()
         found = {(f.kind, f.line): f for run in runs for f in run.found()}
-        if len(runs) > 1:
+        if several:
             for run, schedule in zip(runs[1:], schedules[1:], strict=True):
                 where = runs[0].differs(run)
                 if where is None:
