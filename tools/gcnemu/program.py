@@ -20,7 +20,8 @@ from gcnemu.translate import translate
 POISON_NAN, POISON_NUMBER = 0x7FC0DEAD, 0x4B3D7A11
 FORWARD, BACKWARD, INTERLEAVED = 0, 1, 2
 KERNARG_SLACK = 256
-INSTRUCTION_BUDGET = 1 << 33
+# Wave instructions of one workgroup; a GEMM tile takes some 10^5. Beyond it the run is given up.
+INSTRUCTION_BUDGET = 1 << 26
 
 
 @dataclass(frozen=True)
