@@ -34,7 +34,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help install dev demo test test-long versions lint typecheck format clean distclean
+.PHONY: help install dev demo test test-long emulate versions lint typecheck format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ demo: install ## serve the small example model on the CPU and ask it something
 
 test: lint typecheck ## lint, type-check and run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs gcc)
+	$(PY) -m pytest -m emulate $(PYTEST_ARGS)
 
 test-long: dev ## the tests that `make test` leaves out: every layout in every format (20 minutes)
 	$(PY) -m pytest -m long $(PYTEST_ARGS)

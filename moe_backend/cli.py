@@ -89,10 +89,28 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument(
+        "--compile",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="compile the kernels for this AMD target (gfx942, gfx950) and inspect the machine "
+        "code, nothing else; may be repeated; needs no GPU",
+    )
+    parser.add_argument(
+        "--emulate",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="compile for this AMD target, execute the machine code on the CPU and compare; may be "
+        "repeated; needs a clone of the repository and gcc",
+    )
     parser.set_defaults(run=_verify)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.compile or args.emulate:
+        return _climb(args)
     from moe_backend.engines import vllm
     from moe_backend.kernels.registry import kernel_named
     from moe_backend.verify.run import run_cases, run_controls
@@ -131,6 +149,33 @@ def _verify(args: argparse.Namespace) -> int:
         print("no kernel ran: nothing was verified", file=sys.stderr)
         return 1
     return 1 if wrong or uncaught else 0
+
+
+def _climb(args: argparse.Namespace) -> int:
+    from moe_backend.verify import amd, amd_cases, amd_inspect
+
+    def heard(result: amd.Compiled | amd.Emulated) -> None:
+        if isinstance(result, amd.Compiled):
+            for problem in result.problems:
+                print(f"COMPILE  {result.arch} {result.kernel} ({result.case}): {problem}")
+        elif not result.ok:
+            print(f"EMULATE  {result.arch} {result.kernel} ({result.case}): {result.message}")
+            for fault in result.faults:
+                print(f"         {fault}")
+
+    kernels = amd_cases.own_kernels(quick=args.quick, only=args.kernel)
+    found = amd.climb(kernels, compile_for=args.compile, emulate_on=args.emulate, heard=heard)
+    print(amd_inspect.table([(c.case, c.inspection) for c in found.compiled if c.inspection]))
+    bad = sum(not c.ok for c in found.compiled)
+    print(f"{len(found.compiled)} kernels compiled, {bad} with problems")
+    if args.emulate:
+        wrong = sum(not e.ok for e in found.emulated)
+        worst = max((e.rel_l2 for e in found.emulated), default=0.0)
+        print(f"{len(found.emulated)} cases emulated, {wrong} wrong, worst relative L2 {worst:.2e}")
+    if args.json:
+        report = {"cases": [], "controls": [], **found.as_json()}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if found.ok and found.compiled else 1
 
 
 # --- inspect --------------------------------------------------------------------------------------
