@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-try:
-    import cutlass
-    from cutlass import Constexpr, cute
-    from cutlass.utils.blockscaled_layout import tile_atom_to_shape_SF
-except ImportError:
-    cutlass = None  # a development dependency (requirements/dev.txt); Linux on x86-64 only
 
 from moe_backend.layout.blocked_scales import (
     BlockedScales,
@@ -67,25 +66,6 @@ def by_hand(rows, columns):
     )
 
 
-def by_cutlass(rows, columns, experts):
-    """`tile_atom_to_shape_SF` evaluated by CuTe DSL on the CPU: `[experts, rows, columns]`."""
-    found = []
-
-    @cute.jit
-    def evaluate(r: Constexpr, c: Constexpr, e: Constexpr):
-        layout = tile_atom_to_shape_SF((r, 16 * c, e), 16)
-        found.append(
-            [
-                [[cute.crd2idx((i, 16 * j, k), layout) for j in range(c)] for i in range(r)]
-                for k in range(e)
-            ]
-        )
-        found.append(cute.cosize(layout))
-
-    evaluate(rows, columns, experts)
-    return torch.tensor(found[0]), found[1]
-
-
 def ours(rows, columns):
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
     return offset(row, column, columns)
@@ -96,15 +76,27 @@ def test_offset_equals_layout_algebra(rows, columns):
     assert torch.equal(ours(rows, columns), by_hand(rows, columns))
 
 
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("experts", [1, 3])
-@pytest.mark.skipif(cutlass is None, reason="nvidia-cutlass-dsl is not installed")
-def test_offset_equals_cutlass(rows, columns, experts):
-    index, size = by_cutlass(rows, columns, experts)
-    each = physical_size(rows, columns)
-    assert size == experts * each
-    for e in range(experts):
-        assert torch.equal(index[e], ours(rows, columns) + e * each)
+@pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None,
+    reason="nvidia-cutlass-dsl is not installed (requirements/dev.txt; Linux on x86-64 only)",
+)
+def test_offset_equals_cutlass():
+    shapes = [(rows, columns, experts) for rows, columns in SIZES for experts in (1, 3)]
+    script = Path(__file__).with_name("blocked_scales_cutlass.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), json.dumps(shapes)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert len(found) == len(shapes)
+    for (rows, columns, experts), (index, size) in zip(shapes, found, strict=True):
+        each = physical_size(rows, columns)
+        assert size == experts * each
+        for e in range(experts):
+            assert torch.equal(torch.tensor(index[e]), ours(rows, columns) + e * each)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
