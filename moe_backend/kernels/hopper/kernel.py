@@ -17,7 +17,7 @@ from moe_backend.formats.fp8_block import by, cdiv
 from moe_backend.kernels.hopper import tiles as tile_table
 from moe_backend.kernels.hopper.tiles import Tile, Tiles
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
+from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, in_slices, unpack
 
 # Outputs before the sum over top-k: 2**28 in bf16 are half a GiB, 8192 tokens of Step-3.5.
 PARTIAL_ELEMENTS = 2**28
@@ -49,7 +49,8 @@ class HopperKernel:
         return 128, tile_table.choose(layer, tokens).gate_up.n
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
-        return weights.tensors()
+        # The views that the memory accelerator gets take rows to lie one after another.
+        return [None if t is None else t.contiguous() for t in weights.tensors()]
 
     def apply(
         self,
@@ -60,11 +61,9 @@ class HopperKernel:
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        step = max(1, PARTIAL_ELEMENTS // (layer.top_k * layer.hidden_size))
-        if len(x) <= step:
-            return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
-        parts = zip(x.split(step), topk_weights.split(step), topk_ids.split(step), strict=True)
-        return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
+        return in_slices(
+            run, PARTIAL_ELEMENTS, layer, tensors, x, topk_weights, topk_ids, expert_map
+        )
 
 
 def shape_refusal(layer: LayerConfig) -> str | None:

@@ -7,6 +7,7 @@ the reference kernel to bf16 rounding.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,24 @@ ACTIVATIONS = {
     ActivationKind.CLAMPED_SILU: 2,
     ActivationKind.SWIGLUOAI_UNINTERLEAVE: 3,
 }
+
+
+def in_slices(
+    run: Callable[..., torch.Tensor],
+    elements: int,
+    layer: LayerConfig,
+    tensors: list[torch.Tensor | None],
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """`run` over slices of the tokens, so that outputs before the sum are at most `elements`."""
+    step = max(1, elements // (layer.top_k * layer.hidden_size))
+    if len(x) <= step:
+        return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
+    parts = zip(x.split(step), topk_weights.split(step), topk_ids.split(step), strict=True)
+    return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -80,11 +99,9 @@ class TritonKernel:
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        step = max(1, PARTIAL_ELEMENTS // (layer.top_k * layer.hidden_size))
-        if len(x) <= step:
-            return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
-        parts = zip(x.split(step), topk_weights.split(step), topk_ids.split(step), strict=True)
-        return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
+        return in_slices(
+            run, PARTIAL_ELEMENTS, layer, tensors, x, topk_weights, topk_ids, expert_map
+        )
 
 
 def blocks(layer: LayerConfig, tokens: int) -> Blocks:
