@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from dataclasses import dataclass
 
@@ -48,13 +49,30 @@ def examine() -> Report:
         "processor": platform.processor() or platform.machine(),
     }
     problems: list[str] = []
-    if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name(0)
-    else:
-        facts["accelerator"] = "none"
+    facts["accelerator"] = _accelerator()
+    facts["Triton"] = _version("triton")
     facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Report(facts, _layers(device, problems), _variables(), problems)
+
+
+def _accelerator() -> str:
+    """Name and architecture of the first GPU, such as `NVIDIA H200 (sm_90)`."""
+    if not torch.cuda.is_available():
+        return "none"
+    properties = torch.cuda.get_device_properties(0)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return f"{properties.name} ({architecture})"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _engine(problems: list[str]) -> tuple[str, str]:
