@@ -99,10 +99,12 @@ class FusedMoE:
         layer = self.layer
         blocks = dict.fromkeys(by(b) for b in (layer.w13_block, layer.w2_block) if b is not None)
         block = f" {' and '.join(blocks)}" if blocks else ""
-        groups = self.selection.kernel.activation_groups(layer, tokens=1)
-        activations = self.selection.kernel.activations
-        if groups is not None:
-            activations = f"fp8 1x{groups[0]}, 1x{groups[1]}"
+        kernel = self.selection.kernel
+        few, many = (kernel.activation_groups(layer, tokens) for tokens in (1, 2**20))
+        activations = kernel.activations
+        if few is not None and many is not None:
+            hidden = dict.fromkeys((f"1x{few[1]}", f"1x{many[1]}"))  # finer with few tokens
+            activations = f"fp8 1x{few[0]}, hidden {' to '.join(hidden)}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"
         return (
             f"format={layer.format}{block} layout={experts}, top-{layer.top_k}, "

@@ -79,7 +79,9 @@ def test_every_text_assembles(arch: str):
     labels = {label for case in CASES for label in case.labels}
     texts = [case.text for case in CASES if arch in case.archs]
     head = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n'
-    assemble_amdgcn(head + "\n".join(texts) + "\n" + "".join(f"{x}:\n" for x in labels), arch, "")
+    assert assemble_amdgcn(
+        head + "\n".join(texts) + "\n" + "".join(f"{x}:\n" for x in labels), arch, ""
+    )
 
 
 def test_gfx942_lacks_what_the_table_says():

@@ -12,8 +12,8 @@ from moe_backend import cli
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.verify.controls import controls
 from moe_backend.verify.metrics import difference
-from moe_backend.verify.problems import Case, build, cases
-from moe_backend.verify.run import REL_L2_FP32, passes, run_cases, run_controls
+from moe_backend.verify.problems import ACTIVATIONS, Case, build, cases
+from moe_backend.verify.run import REL_L2_FP32, expected, passes, run_cases, run_controls
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda c: c.name)
@@ -112,3 +112,12 @@ def test_command_refuses_an_unknown_kernel(capsys):
 
 def test_results_of_controls_name_them():
     assert {r.name for r in run_controls()} == {c.name for c in controls()}
+
+
+@pytest.mark.parametrize("groups", [None, (64, 128)], ids=str)
+def test_another_quantisation_of_the_activations_is_flagged(groups):
+    """What a kernel returns that quantises nothing, or its input in other groups than it says."""
+    problem = build(Case("fp8_block", ACTIVATIONS[1], hidden_size=256, intermediate_size=256))
+    right = expected(problem, (128, 128))
+    assert passes(difference(right.bfloat16(), right), problem.case, quantised=True)
+    assert not passes(difference(expected(problem, groups), right), problem.case, quantised=True)

@@ -171,6 +171,12 @@ def _tile(t, blocks, expert, start, end, tiles, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _step_of_rows(rows, column, valid, K):
+    """The columns of one step of activation rows; zeros past the end and in rows of no slot."""
+    return tl.load(rows + column[None, :], mask=valid[:, None] & (column < K)[None, :], other=0.0)
+
+
+@triton.jit
 def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE: tl.constexpr):
     """`[ROWS, 128]` bytes and `[ROWS, 16]` e4m3 scales as bf16 operands for even and odd columns.
 
@@ -264,10 +270,7 @@ def gate_up_kernel(
                     k0 = step * BLOCK_K
                     wg = w13.load([e * 2, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
                     wu = w13.load([e * 2 + 1, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
-                    x = tl.load(
-                        x_row + (k0 + k)[None, :],
-                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
-                    )  # fmt: skip
+                    x = _step_of_rows(x_row, k0 + k, valid, H)
                     x = tl.trans(x)
                     gate_part = tl.dot(wg, x)
                     up_part = tl.dot(wu, x)
@@ -286,10 +289,7 @@ def gate_up_kernel(
                     k0 = step * BLOCK_K
                     wg = w13.load([e * 2, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
                     wu = w13.load([e * 2 + 1, block * BLOCK_I, k0]).reshape(BLOCK_I, BLOCK_K)
-                    x = tl.load(
-                        x_row + (k0 + k)[None, :],
-                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
-                    )  # fmt: skip
+                    x = _step_of_rows(x_row, k0 + k, valid, H)
                     x = tl.trans(x)
                     gate = tl.dot(wg, x, gate)
                     up = tl.dot(wu, x, up)
@@ -304,10 +304,7 @@ def gate_up_kernel(
                 for step in tl.range(0, steps, num_stages=STAGES):
                     k0 = step * BLOCK_K
                     w = w13.load([e, block * (BLOCK_I // 8), 0, 0, k0]).reshape(ROWS, BLOCK_K)
-                    x = tl.load(
-                        x_row + (k0 + k)[None, :],
-                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
-                    )  # fmt: skip
+                    x = _step_of_rows(x_row, k0 + k, valid, H)
                     part = tl.dot(w, tl.trans(x))
                     # The scales of the next step are on their way while this one is multiplied.
                     k1 = tl.minimum(step + 1, steps - 1) * BLOCK_K
@@ -344,10 +341,7 @@ def gate_up_kernel(
                 for step in tl.range(0, steps, num_stages=STAGES):
                     k0 = step * BLOCK_K
                     w = w13.load([e, block * (BLOCK_I // 8), 0, 0, k0]).reshape(ROWS, BLOCK_K)
-                    x = tl.load(
-                        x_row + (k0 + k)[None, :],
-                        mask=valid[:, None] & (k0 + k < H)[None, :], other=0.0,
-                    )  # fmt: skip
+                    x = _step_of_rows(x_row, k0 + k, valid, H)
                     acc = tl.dot(w, tl.trans(x), acc)
             pair = acc.reshape(BLOCK_I // 8, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
             gate, up = tl.split(pair)
@@ -426,10 +420,7 @@ def down_kernel(
             for step in tl.range(0, steps, num_stages=STAGES):
                 k0 = step * BLOCK_K
                 w = w2.load([e, block * BLOCK_H, k0]).reshape(BLOCK_H, BLOCK_K)
-                x = tl.load(
-                    x_row + (k0 + k)[None, :],
-                    mask=valid[:, None] & (k0 + k < I)[None, :], other=0.0,
-                )  # fmt: skip
+                x = _step_of_rows(x_row, k0 + k, valid, I)
                 part = tl.dot(w, tl.trans(x))
                 k1 = tl.minimum(step + 1, steps - 1) * BLOCK_K
                 next_sx = tl.load(sx_row + k1 // GROUP, mask=valid, other=0.0)
@@ -470,10 +461,7 @@ def down_kernel(
             for step in tl.range(0, steps, num_stages=STAGES):
                 k0 = step * BLOCK_K
                 w = w2.load([e, block * BLOCK_H, k0]).reshape(BLOCK_H, BLOCK_K)
-                x = tl.load(
-                    x_row + (k0 + k)[None, :],
-                    mask=valid[:, None] & (k0 + k < I)[None, :], other=0.0,
-                )  # fmt: skip
+                x = _step_of_rows(x_row, k0 + k, valid, I)
                 acc = tl.dot(w, tl.trans(x), acc)
         slot = tl.load(slots + m, mask=valid, other=0)
         if not WEIGHT_ON_INPUT:

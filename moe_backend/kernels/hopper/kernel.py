@@ -119,6 +119,7 @@ def run(
         return out
     tiles = tiles or tile_table.choose(layer, tokens)
     first, second = tiles.gate_up, tiles.down
+    check_tiles(layer, first, second)
     e, h, i, slots = (
         layer.num_local_experts, layer.hidden_size, layer.intermediate_size, tokens * top_k,
     )  # fmt: skip
@@ -186,6 +187,18 @@ def run(
         PDL=on_gpu, num_warps=4, **overlap,
     )  # fmt: skip
     return out
+
+
+def check_tiles(layer: LayerConfig, first: Tile, second: Tile) -> None:
+    """Tiles that the device code would multiply with the wrong scale."""
+    assert not (first.split and layer.format == Nvfp4Weights.name), "NVFP4 tiles are not split"
+    if layer.w13_block is None or layer.w2_block is None:
+        return
+    assert not first.split or layer.w13_block[0] % first.n == 0, "one scale for a split tile's rows"
+    assert 128 % first.k == 0, "one scale of the input for a step"
+    assert layer.w13_block[1] % first.k == 0, "one scale of w13 for a step"
+    assert first.n % second.k == 0, "one scale of the hidden columns for a step"
+    assert layer.w2_block[1] % second.k == 0, "one scale of w2 for a step"
 
 
 def _w13_view(w13: torch.Tensor, tile: Tile) -> Any:

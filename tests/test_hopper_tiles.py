@@ -1,0 +1,50 @@
+"""The table of tiles for the Hopper kernels, and the check that no tile mixes scales."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from moe_backend.kernels.hopper.kernel import check_tiles, shape_refusal
+from moe_backend.kernels.hopper.tiles import Tile, choose
+from moe_backend.verify.problems import ACTIVATIONS as KINDS
+from moe_backend.verify.problems import Case, build
+
+TOKENS = (1, 3, 8, 64, 256, 1024, 4096, 2**17)
+BLOCKS = [((n, k), (m, j)) for n, k, m, j in itertools.product((32, 64, 128), repeat=4)]
+
+
+def layer(name, intermediate, blocks=(None, None), experts=(288, 36)):
+    base = build(Case(name, KINDS[0])).layer
+    return replace(
+        base, intermediate_size=intermediate, hidden_size=4096, top_k=8, num_experts=experts[0],
+        num_local_experts=experts[1], w13_block=blocks[0], w2_block=blocks[1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("intermediate", [96, 160, 192, 256, 320, 384, 1280, 2048])
+def test_every_choice_is_sound(intermediate):
+    layers = [layer("bf16", intermediate), layer("nvfp4", intermediate)]
+    layers += [layer("fp8_block", intermediate, blocks) for blocks in BLOCKS]
+    for one, tokens in itertools.product(layers, TOKENS):
+        assert shape_refusal(one) is None
+        tiles = choose(one, tokens)
+        check_tiles(one, tiles.gate_up, tiles.down)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "first", "second"),
+    [
+        ("nvfp4", (None, None), Tile(16, 64, 256, 4, 3, 2, split=True), Tile(16, 64, 256, 4, 3, 2)),
+        ("fp8_block", ((32, 128), (128, 128)), Tile(16, 64, 128, 4, 3, 2, split=True), None),
+        ("fp8_block", ((128, 64), (128, 128)), Tile(16, 64, 128, 4, 3, 2), None),
+        ("fp8_block", ((128, 128), (128, 32)), Tile(16, 64, 128, 4, 3, 2), None),
+        ("fp8_block", ((128, 128), (128, 128)), Tile(16, 32, 128, 4, 3, 2), None),
+    ],
+    ids=["nvfp4-split", "split-over-scales", "step-over-w13", "step-over-w2", "step-over-hidden"],
+)
+def test_a_tile_that_mixes_scales_is_refused(name, blocks, first, second):
+    with pytest.raises(AssertionError):
+        check_tiles(layer(name, 1280, blocks), first, second or Tile(16, 128, 64, 4, 3, 2))
