@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_backend.kernels.hopper.kernel import check_tiles, shape_refusal
+from moe_backend.kernels.hopper.kernel import shape_refusal
+from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import Tile, choose
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build

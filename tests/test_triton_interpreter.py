@@ -22,7 +22,8 @@ from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 from moe_backend.formats import Bf16Weights
-from moe_backend.kernels.hopper import kernel as hopper
+from moe_backend.kernels.hopper import tiled
+from moe_backend.kernels.hopper.kernel import shape_refusal
 from moe_backend.kernels.hopper.tiles import Tile, Tiles
 from moe_backend.kernels.triton import kernel as triton
 from moe_backend.verify.metrics import difference
@@ -47,7 +48,7 @@ for number, case in enumerate(cases()):
     ok = found.equal if case.integer else found.within(1e-3)
     results["triton " + case.name] = [found.rel_l2, ok]
 
-    if hopper.shape_refusal(p.layer) is not None:
+    if shape_refusal(p.layer) is not None:
         continue
     fp8 = case.format == "fp8_block"
     k = 256 if case.format == "nvfp4" else 64
@@ -55,7 +56,7 @@ for number, case in enumerate(cases()):
     split = case.format != "nvfp4" and number % 2 == 0 and case.w13_block[0] % 64 == 0
     n = 64 if split else 32
     tiles = Tiles(Tile(16, n, k13, 4, 3, 1, split), Tile(16, 64, k2, 4, 3, 1))
-    out = hopper.run(layer, *args, tiles, on_gpu=False)
+    out = tiled.run(layer, *args, tiles, on_gpu=False)
     if fp8:
         # The interpreter truncates casts to fp8, so this shows wrong indexing only.
         found = difference(out, expected(p, (128, n)))

@@ -34,10 +34,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of both GEMMs."""
+    """The tiled GEMMs (`tiled.py`) with these tiles."""
 
     gate_up: Tile
     down: Tile
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return (128, self.gate_up.n) if layer.format == Fp8BlockWeights.name else None
 
 
 def choose(layer: LayerConfig, tokens: int) -> Tiles:
