@@ -143,7 +143,7 @@ def choice_of(kernel: Kernel, layer: LayerConfig, tokens: int) -> str:
     """What our kernel does for so many tokens; empty where it has one way only."""
     if kernel.name != "hopper":
         return ""
-    from moe_backend.kernels.hopper.tiles import choose
+    from moe_backend.kernels.hopper.choose import choose
 
     return str(choose(layer, tokens))
 
