@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +283,7 @@ def _summary(done: list[Done]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # in a file, 80 cut the names
     shown = Table(
         "layer", "tokens", "default µs", "tuned µs", "ratio", "rel. L2", "tried", "change"
     )
