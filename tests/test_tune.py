@@ -236,7 +236,8 @@ def test_a_bad_row_is_left_out_with_a_warning_that_names_it(folders, caplog, bad
 @pytest.mark.parametrize(
     "content",
     [
-        b"{", b"\xff", b"[]", b'{"version": 2}', b'{"version": 1, "gpu": "NVIDIA H999"}',
+        b"{", b"\xff", b"[]", b'{"version": 1}', b'{"version": 1, "gpu": "NVIDIA H999"}',
+        json.dumps({"version": 2, "gpu": GPU, "layers": []}).encode(),
         json.dumps({"version": 1, "gpu": GPU, "layers": 3}).encode(),
         json.dumps({"version": 1, "gpu": GPU, "layers": [{"layer": {}, "rows": []}]}).encode(),
         json.dumps({"version": 1, "gpu": GPU, "layers": [7]}).encode(),
@@ -433,6 +434,14 @@ def test_rejected_choices_are_told_with_the_reason(tmp_path, capsys):
     what = methods.describe(REST[1], DEFAULT)
     assert f"rejected: step-3.5-ep8, 64 tokens, {what}: wrong: relative L2 0.5" in shown
     assert "2.00" in shown
+
+
+def test_a_table_elsewhere_is_told_how_to_be_read(folders, tmp_path, capsys):
+    tuned_file(folders[1] / table.file_name(GPU), straws([]), (64,))
+    assert "MOE_BACKEND_TUNED" not in capsys.readouterr().err
+    tuned_file(tmp_path / "t.json", straws([]), (64,))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "named NVIDIA_Straw_1.json, in the folder that MOE_BACKEND_TUNED names" in shown
 
 
 def test_a_wrong_default_is_a_failure(tmp_path, capsys):

@@ -184,7 +184,13 @@ def tune_shapes(
         code = 1
     _summary(done)
     if any(d.outcome.row is not None for d in done):
-        console.print(f"{file}: {sum(map(len, known.rows.values()))} rows")
+        console.print(f"{file}: {sum(map(len, known.rows.values()))} rows", soft_wrap=True)
+        if file.resolve() not in [f.resolve() for f in table.files(gpu)]:
+            console.print(
+                f"Engines read it named {table.file_name(gpu)}, in the folder that "
+                f"{envs.TUNED.name} names.",
+                soft_wrap=True,
+            )
     return code or int(any(d.outcome.row is None for d in done))
 
 
