@@ -283,7 +283,9 @@ def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):
     rows = run.Bench(H200, vllm_rivals.NAMES, lambda text: None, "cpu").rows(SMALL, "uniform")
     assert [(row.ours_us, row.rivals) for row in rows] == [(7.0, {}), (7.0, {})]
     monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
-    rows = run.Bench(H200, (), lambda text: None, "cpu").rows(SMALL, "uniform")
+    padded = Shape("no weights of it are made", "none", 0, 0, 0, 0, 0)
+    shape = replace(SMALL, rivals_of=padded)
+    rows = run.Bench(H200, (), lambda text: None, "cpu").rows(shape, "uniform")
     assert [row.rivals for row in rows] == [{}, {}]
 
 
