@@ -21,15 +21,9 @@ def lines_of(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Write a PNG, or what else the file's name asks for.
+    """Write a PNG, or what else the file's name asks for; needs matplotlib."""
+    import matplotlib
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
