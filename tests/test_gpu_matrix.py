@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -17,9 +18,10 @@ from moe_backend.activation import Activation
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import kernel_named
 from moe_backend.kernels.triton.variants import candidates, variants_missing
+from moe_backend.verify import controls as verify_controls
 from moe_backend.verify.controls import controls
 from moe_backend.verify.metrics import difference
-from moe_backend.verify.problems import ACTIVATIONS, Case
+from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import passes, run_controls
 
 STEP = Activation.from_name("swiglustep")
@@ -160,3 +162,32 @@ def test_control_is_right_but_for_its_fault(control):
     p = control.make(control.case).to("cuda")
     with torch.device("cuda"):
         assert passes(difference(control.sound(p), p.reference), p.case)
+
+
+@pytest.mark.parametrize(
+    "control", [c for c in controls() if c.make is build], ids=lambda control: control.name
+)
+def test_fault_of_a_control_is_caught_in_a_kernel(control, kernel, monkeypatch):
+    """The kernel is given what the control gives the reference; without the fault it passes."""
+    problem = build(control.case).to("cuda")
+    through = []
+
+    def experts_of(
+        x, weights, topk_weights, topk_ids, activation, expert_map, plan=None, compute_dtype=None
+    ):
+        if plan is not None:
+            pytest.skip("the fault is in a plan of the routing, and the kernel makes its own")
+        tensors = {n: t.contiguous() for n, t in vars(weights).items() if torch.is_tensor(t)}
+        layer = replace(
+            problem.layer, activation=activation, intermediate_size=weights.intermediate_size
+        )
+        through.append(FusedMoE(layer, replace(weights, **tensors), kernel=kernel))
+        return through[-1](x.bfloat16(), topk_weights, topk_ids, expert_map)
+
+    monkeypatch.setattr(verify_controls, "fused_experts", experts_of)
+    with torch.device("cuda"):
+        sound = control.sound(problem)
+        assert wrong(through[0], problem, sound) is None
+        refused = pytest.raises(ValueError, match="scales are not finite and positive")
+        with refused if "whole-block" in control.name else contextlib.nullcontext():
+            assert wrong(through[0], problem, control.run(problem)) is not None
