@@ -15,7 +15,8 @@ from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.hopper import prefill, tiled
 from moe_backend.kernels.hopper.tiles import Choice, Prefill, choose
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import in_slices
+from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
+from moe_backend.kernels.triton.variants import candidates
 
 # Outputs before the sum over top-k: 2**28 in bf16 are half a GiB, 8192 tokens of Step-3.5.
 PARTIAL_ELEMENTS = 2**28
@@ -43,6 +44,10 @@ class HopperKernel:
 
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return choose(layer, tokens).activation_groups(layer)
+
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        most = min(max_tokens, slice_tokens(layer, PARTIAL_ELEMENTS))
+        return candidates(layer, most, lambda tokens: choose(layer, tokens))
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         # The views that the memory accelerator gets take rows to lie one after another.
