@@ -12,8 +12,10 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from moe_backend.formats.nvfp4 import E2M1_VALUES
+triton = pytest.importorskip("triton")
+import triton.language as tl
+
+from moe_backend.formats.nvfp4 import E2M1_VALUES, dequantize
 from moe_backend.kernels.hopper import device
 
 WORD = 2**32 - 1
@@ -120,3 +122,29 @@ def test_columns_and_positions_are_inverse():
     position = device._nvfp4_position.fn(column)
     assert torch.equal(position.sort().values, column)
     assert torch.equal(device._nvfp4_column.fn(position), column)
+
+
+@triton.jit
+def _decoder(words, scales, out):
+    row, word, group = tl.arange(0, 64), tl.arange(0, 32), tl.arange(0, 16)
+    packed = tl.load(words + row[:, None] * 32 + word[None, :])
+    scale = tl.load(scales + row[:, None] * 16 + group[None, :])
+    even, odd = device._decode_nvfp4(packed, scale, 64, True, tl.bfloat16)
+    place = tl.arange(0, 128)
+    tl.store(out + row[:, None] * 256 + device._nvfp4_column(place)[None, :], even)
+    tl.store(out + row[:, None] * 256 + device._nvfp4_column(place + 128)[None, :], odd)
+
+
+@pytest.mark.gpu
+def test_decoder_on_a_gpu():
+    """Every code with every scale, in the columns that the position function says."""
+    if torch.version.hip:
+        pytest.skip("the decoder is PTX")
+    g = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(16, generator=g) for _ in range(64 * 16)])
+    codes = (order[:, ::2] | order[:, 1::2] << 4).to(torch.uint8).reshape(64, 128)
+    scales = (torch.arange(64 * 16) % 127).to(torch.uint8).view(torch.float8_e4m3fn).reshape(64, 16)
+    out = torch.zeros(64, 256, dtype=torch.bfloat16, device="cuda")
+    _decoder[(1,)](codes.cuda().view(torch.int32), scales.cuda(), out)
+    want = dequantize(codes, scales, torch.ones(1), torch.float32)
+    assert torch.equal(out.cpu().float() * 256, want)
