@@ -130,7 +130,7 @@ def _verify(args: argparse.Namespace) -> int:
         results.append(result)
         if not result.ok:
             print(f"WRONG   {result.kernel}: {result.name}: relative L2 {result.rel_l2:.3g}")
-    caught = list(run_controls())
+    caught = list(run_controls(args.device))
     for control in caught:
         if not control.caught:
             print(f"UNCAUGHT {control.name}: relative L2 {control.rel_l2:.3g}")

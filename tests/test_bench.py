@@ -283,7 +283,9 @@ def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):
     rows = run.Bench(H200, vllm_rivals.NAMES, lambda text: None, "cpu").rows(SMALL, "uniform")
     assert [(row.ours_us, row.rivals) for row in rows] == [(7.0, {}), (7.0, {})]
     monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
-    rows = run.Bench(H200, (), lambda text: None, "cpu").rows(SMALL, "uniform")
+    padded = Shape("no weights of it are made", "none", 0, 0, 0, 0, 0)
+    shape = replace(SMALL, rivals_of=padded)
+    rows = run.Bench(H200, (), lambda text: None, "cpu").rows(shape, "uniform")
     assert [row.rivals for row in rows] == [{}, {}]
 
 
@@ -461,11 +463,19 @@ def test_named_rivals_without_vllm_are_refused(monkeypatch, capsys):
         (["--model", "{tiny}", "--shape", "minimax-m3"], "one of them"),
         (["--model", "{tiny}", "--tp", "5"], "does not split evenly"),
         (["--model", "/nowhere"], "no such directory"),
+        (["--json", "/nowhere/rows.json"], "there is no directory /nowhere"),
+        (["--rivals"], "torch sees no GPU"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, no_gpu, tiny, capsys):
     assert main(["bench", *(option.format(tiny=tiny) for option in options)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(no_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--plot", "plot.png"]) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--shape", "x"], ["--rivals", "x"], ["--tokens", "0"]])

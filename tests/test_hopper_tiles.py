@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from moe_backend.kernels.hopper import prefill
 from moe_backend.kernels.hopper.kernel import shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Tile, choose
+from moe_backend.kernels.hopper.tiles import Prefill, Tile, choose
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
 
@@ -31,8 +32,11 @@ def test_every_choice_is_sound(intermediate):
     layers += [layer("fp8_block", intermediate, blocks) for blocks in BLOCKS]
     for one, tokens in itertools.product(layers, TOKENS):
         assert shape_refusal(one) is None
-        tiles = choose(one, tokens)
-        check_tiles(one, tiles.gate_up, tiles.down)
+        choice = choose(one, tokens)
+        if isinstance(choice, Prefill):
+            prefill.check(one, choice)
+        else:
+            check_tiles(one, choice.gate_up, choice.down)
 
 
 @pytest.mark.parametrize(

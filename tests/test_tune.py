@@ -26,7 +26,7 @@ from moe_backend.kernels.hopper import methods, table, tiles
 from moe_backend.kernels.hopper.choose import choose
 from moe_backend.kernels.hopper.methods import candidates, combined, from_data, sound, to_data
 from moe_backend.kernels.hopper.table import Key, Row, Table, nearest, read, write
-from moe_backend.kernels.hopper.tiles import Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Prefill, Tile, Tiles
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.tune import command, gpu
 from moe_backend.tune.gpu import GpuRunner
@@ -86,7 +86,7 @@ def test_choices_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles"),
+        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill"),
         ({"down": {"m": 16}}, "choice.down.n is missing"),
         ({"down": 3}, "choice.down"),
         ({"depth": 3}, "depth"),
@@ -119,7 +119,7 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
     layer = SHAPES[name].layer()
     found = candidates(layer, tokens)
     assert found[0] == tiles.choose(layer, tokens)
-    assert 10 <= len(found) <= 30
+    assert (4 if isinstance(found[0], Prefill) else 10) <= len(found) <= 30
     assert len(set(found)) == len(found)
     assert all(sound(layer, tokens, c) for c in found)
 
@@ -127,8 +127,66 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
 def test_candidates_are_a_step_away_unless_another_number_follows():
     found = candidates(LAYER, 64)
     for choice in found[1:]:
+        if isinstance(choice, Prefill):
+            continue
         changed = methods.describe(choice, found[0]).split()
         assert len(changed) == 1 or any(c.startswith("down.k=") for c in changed)
+
+
+@pytest.fixture(params=[(3, 6), (3, 9)], ids=["triton-3.6", "triton-3.9"])
+def triton_version(request, monkeypatch):
+    monkeypatch.setattr(tiles, "triton_version", lambda: request.param)
+    return request.param
+
+
+def test_the_other_method_is_a_candidate(triton_version):
+    many = tiles.choose(LAYER, 1024)
+    assert isinstance(many, Prefill)
+    assert isinstance(tiles.choose(LAYER, 64), Tiles)
+    assert many in candidates(LAYER, 64)
+    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
+    assert not any(isinstance(c, Prefill) for c in candidates(LAYER, 8))  # too far away
+
+
+def test_a_compiler_that_cannot_is_not_asked(triton_version):
+    wide = [c for c in candidates(LAYER, 1024) if isinstance(c, Prefill) and c.outputs == 256]
+    assert bool(wide) == (triton_version == (3, 6))
+
+
+def test_a_row_for_another_compiler_is_kept_quietly(folders, caplog, monkeypatch):
+    put(folders[1], table_of(row(1024, Prefill(128, 4, 128, 6))))
+    for version in ((3, 9), (3, 6)):
+        monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
+        chooser._answers.clear()
+        assert (choose(LAYER, 4000) == Prefill(128, 4, 128, 6)) == (version == (3, 6))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(32, 4, 128, 6), (128, 5, 128, 6), (64, 6, 256, 5), (64, 1, 128, 6), (64, 6, 64, 6)],
+    ids=str,
+)
+def test_unsound_numbers_for_many_tokens(numbers):
+    methods.check(LAYER, 1024, Prefill(64, 6, 128, 6))
+    with pytest.raises(ValueError, match="expected|fit into"):
+        methods.check(LAYER, 1024, Prefill(*numbers))
+    with pytest.raises(ValueError, match="fp8_block"):
+        methods.check(SHAPES["minimax-m3-ep4"].layer(), 1024, Prefill(64, 6, 128, 6))
+
+
+def test_a_method_that_stops_being_sound_ends_its_rows_reach(folders, monkeypatch):
+    put(folders[1], table_of(row(64)))
+    check = methods._TILES.check
+
+    def up_to_100(layer, tokens, choice):
+        if tokens > 100:
+            raise ValueError("too many")
+        check(layer, tokens, choice)
+
+    monkeypatch.setitem(methods.METHODS, "tiles", replace(methods._TILES, check=up_to_100))
+    assert choose(LAYER, 100) == TUNED
+    assert choose(LAYER, 101) == tiles.choose(LAYER, 101)
 
 
 def test_better_choices_are_combined():
@@ -210,7 +268,9 @@ def test_activation_groups_are_those_of_the_choice(folders):
     put(folders[1], table_of(row(64)))
     kernel = hopper_kernel.HopperKernel()
     assert kernel.activation_groups(LAYER, 64) == (128, 32)
-    assert kernel.activation_groups(LAYER, 4096) == (128, tiles.choose(LAYER, 4096).gate_up.n)
+    assert kernel.activation_groups(LAYER, 4096) == tiles.choose(LAYER, 4096).activation_groups(
+        LAYER
+    )
     assert "1 tuned rows" in kernel.preference(LAYER)
 
 
@@ -324,10 +384,20 @@ def test_the_fastest_right_choice_is_kept():
 
 def test_what_improves_is_tried_together():
     def us(choice):
+        if isinstance(choice, Prefill):
+            return 200.0
         return 100.0 - 10 * (choice.gate_up.stages == 4) - 10 * (choice.down.per_sm == 3)
 
     row = found_with(Straw(us)).row
     assert (row.choice.gate_up.stages, row.choice.down.per_sm, row.us) == (4, 3, 80.0)
+
+
+def test_where_another_method_wins_its_neighbours_are_tried():
+    start = next(c for c in REST if isinstance(c, Prefill))
+    best = methods.neighbours(LAYER, 64, start)[0]
+    assert best not in REST
+    times = {start: 80.0, best: 60.0}
+    assert found_with(Straw(lambda c: times.get(c, 100.0))).row.choice == best
 
 
 def test_a_wrong_choice_is_neither_timed_nor_kept():
@@ -383,7 +453,11 @@ def straws(made, stop_at=None):
             if tokens == stop_at:
                 raise KeyboardInterrupt
             made.append(tokens)
-            return Straw(lambda choice: 100.0 - 5 * choice.gate_up.stages)
+            return Straw(
+                lambda choice: (
+                    100.0 - 5 * choice.gate_up.stages if isinstance(choice, Tiles) else 99.0
+                )
+            )
 
         return of
 

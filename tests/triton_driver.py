@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import pkgutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def counted(monkeypatch):
         return _Kernel(name, counts)
 
     monkeypatch.setattr(triton.compiler, "compile", fake_compile)
-    monkeypatch.setattr(tiled, "multiprocessors", lambda device: 132)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     kernels = [
         f
@@ -89,6 +91,7 @@ def counted(monkeypatch):
     try:
         yield counts
     finally:
+        tiled.multiprocessors.cache_clear()
         for kernel in kernels:
             kernel.device_caches.clear()
 

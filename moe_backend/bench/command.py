@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,7 @@ def run_bench(args: argparse.Namespace) -> int:
     """
     if args.list:
         return _list()
+    _check_outputs(args)
     if args.read:
         rows = [row for file in args.read for row in report.read_json(file)]
         for row in rows:
@@ -145,6 +147,16 @@ def _tell(shape: Shape, routing: str, rows: list[report.Row], seconds: float) ->
         print(f"  not measured{where}: {text}", file=sys.stderr)
     gib = torch.cuda.max_memory_allocated() / 2**30
     print(f"  {shape.name} {routing}: {seconds:.0f} s, {gib:.1f} GiB", file=sys.stderr, flush=True)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Before minutes are spent on rows that could not be written."""
+    for option in ("json", "markdown", "plot"):
+        file: Path | None = getattr(args, option)
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"--{option} {file}: there is no directory {file.parent}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:

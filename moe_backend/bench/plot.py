@@ -8,6 +8,7 @@ from pathlib import Path
 from moe_backend.bench.report import Row
 
 COLUMNS = 4
+RATIOS = (0.8, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50, 100)
 
 
 def lines_of(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
@@ -21,20 +22,14 @@ def lines_of(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Write a PNG, or what else the file's name asks for.
+    """Write a PNG, or what else the file's name asks for; needs matplotlib."""
+    import matplotlib
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((row.case, row.routing) for row in rows))
-    names = dict.fromkeys(name for row in rows for name in row.rivals)
+    names = dict.fromkeys(name.partition(" ")[0] for row in rows for name in row.rivals)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     columns = min(COLUMNS, len(panels))
     height = math.ceil(len(panels) / columns)
@@ -51,12 +46,21 @@ def plot(rows: list[Row], file: Path) -> None:
                 marker="o",
                 markersize=3,
                 linewidth=2.5 if ours else 1,
-                color="black" if ours else colours[name],
+                color="black" if ours else colours[name.partition(" ")[0]],
+                linestyle="--" if " " in name else "-",  # of the padded layer
                 zorder=3 if ours else 2,
             )
+        tokens = sorted({row.tokens for row in own})
         axis.axhline(1, color="grey", linewidth=0.7)
         axis.set(xscale="log", yscale="log", title=f"{case}, {routing}")
         axis.set(xlabel="tokens", ylabel="time / floor")
+        axis.set_xticks(tokens, [str(count) for count in tokens], minor=False)
+        axis.set_xticks([], minor=True)
+        low, high = axis.get_ylim()
+        shown_ratios = [ratio for ratio in RATIOS if low <= ratio <= high]
+        axis.set_yticks(shown_ratios, [f"{ratio:g}" for ratio in shown_ratios])
+        axis.set_yticks([], minor=True)
+        axis.tick_params(labelsize=7)
         axis.title.set_fontsize(9)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)

@@ -67,12 +67,12 @@ class Bench:
             for t, given in inputs.items()
         }  # fmt: skip
         self._ours(shape, weights, inputs, rows)
-        results = self._rivals_on(shape, routing, weights, inputs)
-        _fill(rows, results, "")
+        if shape.stored == "padded":
+            _fill(rows, self._rivals_on(shape, routing, weights, inputs), "")
         if shape.rivals_of is not None:
             del weights, inputs
             free()
-            _fill(rows, self._rivals_on(shape.rivals_of, routing), " (padded)")
+            _fill(rows, self._rivals_on(shape.rivals_of, routing), f" ({shape.stored})")
         return list(rows.values())
 
     def _inputs(self, shape: Shape, weights: Weights, routing: str) -> dict[int, Inputs]:

@@ -110,7 +110,9 @@ def build(
             for name, call in _calls(group.upper(), layer, weights):
                 if name in mine:
                     built.add(name)
-                    yield Rival(name, _autotuned(call) if group == "flashinfer" else _as_is(call))
+                    # FlashInfer's FP8 block-scale path picks by shape and has no tactics.
+                    tune = group == "flashinfer" and isinstance(weights, Bf16Weights)
+                    yield Rival(name, _autotuned(call) if tune else _as_is(call))
                 if group == "triton" and "triton-tuned" in mine:
                     built.add("triton-tuned")
                     yield Rival("triton-tuned", _tuned(layer, call, milliseconds))

@@ -12,9 +12,9 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import tiled
+from moe_backend.kernels.hopper import prefill, tiled
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Tiles
+from moe_backend.kernels.hopper.tiles import Choice, Prefill
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -96,7 +96,7 @@ def run(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
-    choice: Tiles | None = None,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """The experts of one layer; arguments as in `registry.Kernel.apply`.
 
@@ -104,4 +104,6 @@ def run(
         choice: another method or other tiles than the table's.
     """
     choice = choice or choose(layer, len(x))
+    if isinstance(choice, Prefill):
+        return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

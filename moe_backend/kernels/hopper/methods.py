@@ -13,9 +13,9 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
-from moe_backend.kernels.hopper import tiles
+from moe_backend.kernels.hopper import prefill, tiles
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Prefill, Tile, Tiles
 from moe_backend.kernels.registry import LayerConfig
 
 Choice = Any  # one of the `METHODS`' types
@@ -37,14 +37,15 @@ class Method:
             (`gate_up.m`); tuning moves one step up or down.
         settle: the choice with the numbers that others fix set right, so that one step of one
             number is not unsound for a reason that has one remedy.
-        starts: choices to try where another method is the default.
+        here: whether the installed Triton compiles the choice; asked apart from `check`, as a
+            table is good for more than one installation.
     """
 
     kind: type
     check: Callable[[LayerConfig, int, Choice], None]
     ladders: dict[str, tuple[Number, ...]]
     settle: Callable[[LayerConfig, Choice], Choice]
-    starts: Callable[[LayerConfig, int], list[Choice]]
+    here: Callable[[Choice], bool] = lambda choice: True
 
 
 def name_of(choice: Choice) -> str:
@@ -76,24 +77,22 @@ def check(layer: LayerConfig, tokens: int, choice: Choice) -> None:
 
 
 def sound(layer: LayerConfig, tokens: int, choice: Choice) -> bool:
+    """Whether `choice` may run such a call with the installed Triton."""
     try:
         check(layer, tokens, choice)
     except ValueError:
         return False
-    return True
+    return METHODS[name_of(choice)].here(choice)
 
 
 def candidates(layer: LayerConfig, tokens: int) -> list[Choice]:
     """What is worth measuring for a call with so many tokens: 10 to 30 sound choices.
 
-    The default comes first, then everything one step of one number away from it, then where the
-    other methods would start. `combined` goes on from what was measured.
+    The default comes first, then everything one step of one number away from it, then the other
+    methods with the numbers of their nearest default. `combined` goes on from what was measured.
     """
     default = tiles.choose(layer, tokens)
-    found = [default, *neighbours(layer, tokens, default)]
-    for method in METHODS.values():
-        if type(default) is not method.kind:
-            found += method.starts(layer, tokens)
+    found = [default, *neighbours(layer, tokens, default), *_other_methods(layer, tokens, default)]
     return _sound_and_different(layer, tokens, found, found[:1])
 
 
@@ -137,6 +136,16 @@ def describe(choice: Choice, base: Choice | None = None) -> str:
         changed = [f"{path}={value}" for path, value in leaves.items() if value != old[path]]
         return " ".join(changed) or "default"
     return " ".join([name_of(choice), *(f"{path}={value}" for path, value in leaves.items())])
+
+
+def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Choice]:
+    """Of each other method, the default of the nearest token count that has one, up to 16 times."""
+    nearest: dict[type, Choice] = {type(default): default}
+    for factor in (2, 4, 8, 16):
+        for other in (max(1, tokens // factor), tokens * factor):
+            choice = tiles.choose(layer, other)
+            nearest.setdefault(type(choice), choice)
+    return list(nearest.values())[1:]
 
 
 def _sound_and_different(
@@ -257,7 +266,62 @@ _TILES = Method(
         **{f"down.{name}": ladder for name, ladder in _LAUNCH.items()},
     },
     settle=_settle_tiles,
-    starts=lambda layer, tokens: [],
 )
 
-METHODS: dict[str, Method] = {"tiles": _TILES}
+
+# --- Prefill --------------------------------------------------------------------------------------
+
+
+def _check_prefill(layer: LayerConfig, tokens: int, choice: Prefill) -> None:
+    if layer.format != Fp8BlockWeights.name:
+        raise ValueError(f"prefill is for fp8_block, not for {layer.format}")
+    if choice.hidden not in (64, 128) or choice.outputs not in (128, 256):
+        raise ValueError(
+            "hidden: 64 or 128, and outputs: 128 or 256 expected, "
+            f"{choice.hidden} and {choice.outputs} found"
+        )
+    for name, stages, most in zip(
+        ("stages13", "stages2"), (choice.stages13, choice.stages2), _most_stages(choice),
+        strict=True,
+    ):  # fmt: skip
+        if not 2 <= stages <= most:
+            raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
+    try:
+        prefill.check(layer, choice)
+    except AssertionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _most_stages(choice: Prefill) -> tuple[int, int]:
+    """Of both GEMMs; a step of 128 has weight rows, 128 tokens and the tokens' scales."""
+    rows = 2 * choice.hidden, choice.outputs
+    first, second = (SHARED_BYTES // ((n + prefill.TILE_TOKENS) * 128 + 512) for n in rows)
+    return first, second
+
+
+def _settle_prefill(layer: LayerConfig, choice: Prefill) -> Prefill:
+    """Wider tiles have fewer stages."""
+    first, second = _most_stages(choice)
+    return replace(
+        choice, stages13=min(choice.stages13, first), stages2=min(choice.stages2, second)
+    )
+
+
+_PREFILL = Method(
+    kind=Prefill,
+    check=_check_prefill,
+    ladders={
+        "hidden": (64, 128),
+        "stages13": (2, 3, 4, 5, 6),
+        "outputs": (128, 256),
+        "stages2": (2, 3, 4, 5, 6),
+    },
+    settle=_settle_prefill,
+    # As in `tiles`: halves of 128 rows need the registers that Triton 3.6 leaves.
+    here=lambda choice: (
+        tiles.triton_version() >= (3, 6)
+        and (tiles.triton_version() == (3, 6) or (choice.hidden, choice.outputs) == (64, 128))
+    ),
+)
+
+METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL}

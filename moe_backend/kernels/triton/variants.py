@@ -81,7 +81,7 @@ def compile_variants(
 
     with _count_compiled() as compiled:
         asynchronous = getattr(triton, "AsyncCompileMode", None)
-        if asynchronous is None:  # before Triton 3.5: each in turn
+        if asynchronous is None:  # an older Triton: each in turn
             with _without_launches():
                 for call in calls:
                     if time.monotonic() < deadline:
