@@ -9,7 +9,7 @@ import pytest
 
 from moe_backend.kernels.hopper.kernel import shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Tile, choose
+from moe_backend.kernels.hopper.tiles import Tile, choose, few, tiles
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
 
@@ -31,8 +31,9 @@ def test_every_choice_is_sound(intermediate):
     layers += [layer("fp8_block", intermediate, blocks) for blocks in BLOCKS]
     for one, tokens in itertools.product(layers, TOKENS):
         assert shape_refusal(one) is None
-        tiles = choose(one, tokens)
-        check_tiles(one, tiles.gate_up, tiles.down)
+        made = tiles(one, tokens)
+        check_tiles(one, made.gate_up, made.down)
+        assert choose(one, tokens) in (made, few(one))
 
 
 @pytest.mark.parametrize(

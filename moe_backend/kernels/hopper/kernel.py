@@ -12,8 +12,8 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import tiled
-from moe_backend.kernels.hopper.tiles import Tiles, choose
+from moe_backend.kernels.hopper import few, tiled
+from moe_backend.kernels.hopper.tiles import Few, Tiles, choose
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices
 
@@ -87,7 +87,7 @@ def run(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
-    choice: Tiles | None = None,
+    choice: Tiles | Few | None = None,
 ) -> torch.Tensor:
     """The experts of one layer; arguments as in `registry.Kernel.apply`.
 
@@ -95,4 +95,6 @@ def run(
         choice: another method or other tiles than the table's.
     """
     choice = choice or choose(layer, len(x))
+    if isinstance(choice, Few):
+        return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

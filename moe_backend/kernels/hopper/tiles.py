@@ -44,7 +44,63 @@ class Tiles:
         return (128, self.gate_up.n) if layer.format == Fp8BlockWeights.name else None
 
 
-def choose(layer: LayerConfig, tokens: int) -> Tiles:
+@dataclass(frozen=True)
+class Part:
+    """How one launch of matrix-vector products deals out its rows.
+
+    Attributes:
+        lanes: threads that share a weight row, each reading 16 bytes of it at a time; a power of
+            two up to 32.
+        unroll: such reads of a row (of two rows in the first launch) on their way at once.
+        warps: of a program.
+    """
+
+    lanes: int
+    unroll: int
+    warps: int
+
+    @property
+    def groups(self) -> int:
+        """Rows that a program works on at once."""
+        return self.warps * 32 // self.lanes
+
+
+@dataclass(frozen=True)
+class Few:
+    """Matrix-vector products in two launches (`few.py`).
+
+    Attributes:
+        gate_up, down: of the two launches.
+        per_sm: programs of the first that share a multiprocessor; they take tiles in turn.
+    """
+
+    gate_up: Part
+    down: Part
+    per_sm: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return None
+
+
+# Beyond so many tokens or slots, experts get enough tokens for the tiled GEMMs to win.
+FEW_TOKENS = 8
+FEW_SLOTS = 64
+
+
+def choose(layer: LayerConfig, tokens: int) -> Tiles | Few:
+    """The method for a call with this many tokens, and its numbers."""
+    if tokens <= FEW_TOKENS and tokens * layer.top_k <= FEW_SLOTS:
+        return few(layer)
+    return tiles(layer, tokens)
+
+
+def few(layer: LayerConfig) -> Few:
+    """How matrix-vector products deal out the rows of a layer."""
+    return Few(Part(32, 4, 1), Part(16, 4, 1), 12)
+
+
+def tiles(layer: LayerConfig, tokens: int) -> Tiles:
     """Tiles for a call with this many tokens, by the average number of slots per expert."""
     slots = tokens * layer.top_k / layer.num_experts
     if layer.format == Fp8BlockWeights.name:

@@ -1,0 +1,368 @@
+"""Device code for few tokens on Hopper: two launches of matrix-vector products on CUDA cores.
+
+There is nothing to share between a handful of tokens, so there is no tile to feed to an MMA: each
+group of LANES threads multiplies one weight row with one token's activations, straight from memory
+to registers in pieces of 16 bytes a thread, products and sums in fp32. FP8 codes and NVFP4 codes
+are exact in fp32 and meet activations as they are (W8A16, W4A16).
+
+Every program reads the routing itself: there are few ids, and a launch costs more than they do.
+The second launch overlaps the first: its weights are on their way before it waits for the hidden
+columns. Sums are in a fixed order, with no atomics: repeated runs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate, _e2m1
+
+# Four bytes, each two e2m1 codes, to fp32: low nibbles to $0..$3, high ones to $4..$7. A code's
+# three low bits, put at bits 9..11 of an fp16, read as its magnitude times 2**-14, subnormal or
+# not. Nibbles j and j + 4 of the word lie at the same place of its two halves.
+_DECODE: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 s, m;
+    .reg .b16 l, h;
+    shl.b32 s, $8, 12;
+    shl.b32 m, $8, 9;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $0, l;
+    cvt.f32.f16 $2, h;
+    shl.b32 s, $8, 8;
+    shl.b32 m, $8, 5;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $4, l;
+    cvt.f32.f16 $6, h;
+    shl.b32 s, $8, 4;
+    shl.b32 m, $8, 1;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $1, l;
+    cvt.f32.f16 $3, h;
+    shr.b32 m, $8, 3;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, $8, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $5, l;
+    cvt.f32.f16 $7, h;
+    }
+    """
+)
+
+
+@triton.jit
+def _local_slots(ids, expert_map, first, num, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr):
+    """Of `num` slots from `first`: `(key, number, count)`.
+
+    `number` is the running number of a local slot (-1 of a dropped one), `count` their number,
+    `key` the slot (from 0) times 2**16 plus its local expert.
+    """
+    slot = tl.arange(0, SLOTS)
+    expert = tl.load(ids + first + slot, mask=slot < num, other=-1)
+    if HAS_MAP:
+        expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+    local = (expert >= 0).to(tl.int32)
+    number = tl.where(expert >= 0, tl.cumsum(local, 0) - 1, -1)
+    return slot * 65536 + expert, number, tl.sum(local, 0)
+
+
+@triton.jit
+def _take(key, number, wanted):
+    """Slot and local expert with the running number `wanted`; zeros where there is none."""
+    found = tl.sum(tl.where(number == wanted, key, 0), 0)
+    return found // 65536, (found % 65536).to(tl.int64)
+
+
+@triton.jit
+def _halves(pair, HALF: tl.constexpr):
+    """Even (low) and odd columns of pairs of 16-bit numbers in one word, in fp32."""
+    if HALF:
+        even = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        even = (pair << 16).to(tl.float32, bitcast=True)
+        odd = (pair & -65536).to(tl.float32, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+def _quarters(piece, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """`[GROUPS, LANES, 16]` as four of `[GROUPS, LANES, 4]`, all in the same threads."""
+    low, high = tl.split(tl.reshape(piece, (GROUPS, LANES, 4, 2, 2)))
+    a, b = tl.split(low)
+    c, d = tl.split(high)
+    return a, b, c, d
+
+
+@triton.jit
+def _add_products(
+    acc,
+    w,
+    x,
+    scale,
+    FORMAT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """`acc` `[GROUPS, LANES, 4]` plus the products of each thread's piece, times its scale.
+
+    `w` are codes, NVFP4 two a byte; `x` activations, with NVFP4 two a word. NVFP4 products are
+    2**-14 times what they stand for. Sums are chains of four: one instruction a product.
+    """
+    if FORMAT == BF16:
+        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        acc += w0 * x0
+        acc += w1 * x1
+    elif FORMAT == FP8_BLOCK:
+        w0, w1, w2, w3 = _quarters(w.to(tl.float32), GROUPS, LANES)
+        x0, x1, x2, x3 = _quarters(x.to(tl.float32), GROUPS, LANES)
+        acc += (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3) * scale[:, :, None]
+    else:
+        if PTX:
+            even, odd = tl.inline_asm_elementwise(
+                _DECODE, "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
+                dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            even = _e2m1(w & 15, tl.float32) * 0.00006103515625
+            odd = _e2m1(w >> 4, tl.float32) * 0.00006103515625
+        x_even, x_odd = _halves(x, HALF)
+        # Bytes 0..7 share one scale, bytes 8..15 the next: they must stay apart in the last axis.
+        e0, e1 = tl.split(tl.reshape(even, (GROUPS, LANES, 2, 4, 2)))
+        o0, o1 = tl.split(tl.reshape(odd, (GROUPS, LANES, 2, 4, 2)))
+        a0, a1 = tl.split(tl.reshape(x_even, (GROUPS, LANES, 2, 4, 2)))
+        b0, b1 = tl.split(tl.reshape(x_odd, (GROUPS, LANES, 2, 4, 2)))
+        part = (e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1) * scale[:, :, :, None]
+        acc += tl.sum(part, 2)
+    return acc
+
+
+@triton.jit
+def _scale(
+    base,
+    row,
+    inside,
+    column,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Scales of the pieces that begin at `column` of `row` (`[GROUPS]`); 0 outside."""
+    if FORMAT == FP8_BLOCK:
+        at = row // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
+        lane = column + tl.arange(0, LANES) * 16
+        mask = inside[:, None] & (lane < K)[None, :]
+        scale = tl.load(base + at[:, None] + (lane // SCALE_K)[None, :], mask=mask, other=0.0)
+    elif FORMAT == NVFP4:
+        lane = tl.arange(0, LANES)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        group = column // 16 + lane
+        mask = inside[:, None, None] & (group < K // 16)
+        where = base + row.to(tl.int64)[:, None, None] * (K // 16) + group
+        scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gate_up_kernel(
+    x,
+    w13,
+    w13_scale,
+    w13_global,
+    topk_weights,
+    ids,
+    expert_map,
+    hidden,
+    limit,
+    alpha,
+    beta,
+    num_slots,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`hidden[slot] = act(gate, up)`: GROUPS hidden columns of one local slot a tile."""
+    if PDL:
+        # The routing is complete before the second launch may begin and read it.
+        gdc_wait()
+        gdc_launch_dependents()
+    PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16  # elements (bytes of NVFP4) in 16 bytes
+    PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
+    WIDTH: tl.constexpr = H // PACKED
+    CHUNK: tl.constexpr = LANES * PIECE
+    BLOCKS: tl.constexpr = (I + GROUPS - 1) // GROUPS
+    scale_rows = (I + SCALE_N - 1) // SCALE_N
+    scale_columns = (H + SCALE_K - 1) // SCALE_K
+    key, number, count = _local_slots(ids, expert_map, 0, num_slots, HAS_MAP, SLOTS)
+    group = tl.arange(0, GROUPS)
+    piece = (
+        tl.arange(0, LANES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+        + tl.zeros((GROUPS, 1, 1), tl.int32)
+    )  # fmt: skip
+    for t in range(tl.program_id(0), count * BLOCKS, tl.num_programs(0)):
+        slot, e = _take(key, number, t // BLOCKS)
+        token = slot // TOP_K
+        i = t % BLOCKS * GROUPS + group
+        inside = i < I
+        row = x + token.to(tl.int64) * WIDTH
+        gate_row = w13 + e * (2 * I * WIDTH) + i[:, None, None] * WIDTH
+        up_row = gate_row + I * WIDTH
+        gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
+        up_scale = gate_scale + scale_rows * scale_columns
+        gate = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        up = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        for first in range(0, WIDTH, CHUNK * UNROLL):
+            gates = ()
+            ups = ()
+            gate_scales = ()
+            up_scales = ()
+            for u in tl.static_range(UNROLL):
+                column = first + u * CHUNK + piece
+                k = (first + u * CHUNK) * PACKED
+                mask = inside[:, None, None] & (column < WIDTH)
+                gates += (tl.load(gate_row + column, mask=mask, other=ZERO),)
+                ups += (tl.load(up_row + column, mask=mask, other=ZERO),)
+                sg = _scale(
+                    gate_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                su = _scale(
+                    up_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                gate_scales += (sg,)
+                up_scales += (su,)
+            # The assembler would move loads down to where their values are used.
+            tl.debug_barrier()
+            for u in tl.static_range(UNROLL):
+                column = first + u * CHUNK + piece
+                a = tl.load(row + column, mask=column < WIDTH, other=ZERO)
+                gate = _add_products(
+                    gate, gates[u], a, gate_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                )  # fmt: skip
+                up = _add_products(
+                    up, ups[u], a, up_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                )  # fmt: skip
+        gate_sum = tl.sum(tl.sum(gate, 2), 1)
+        up_sum = tl.sum(tl.sum(up, 2), 1)
+        if FORMAT == NVFP4:
+            gate_sum *= tl.load(w13_global + e * 2) * 16384.0
+            up_sum *= tl.load(w13_global + e * 2 + 1) * 16384.0
+        if WEIGHT_ON_INPUT:
+            weight = tl.load(topk_weights + slot)
+            gate_sum *= weight
+            up_sum *= weight
+        h = _activate(gate_sum, up_sum, limit, alpha, beta, ACTIVATION)
+        tl.store(hidden + slot * I + i, h.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def down_kernel(
+    hidden,
+    w2,
+    w2_scale,
+    w2_global,
+    topk_weights,
+    ids,
+    expert_map,
+    out,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`out[token]`: GROUPS columns of one token, summed over its local slots in order of k."""
+    PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16
+    PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
+    WIDTH: tl.constexpr = I // PACKED
+    CHUNK: tl.constexpr = LANES * PIECE
+    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    BLOCKS: tl.constexpr = (H + GROUPS - 1) // GROUPS
+    scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
+    token = tl.program_id(0) // BLOCKS
+    key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
+    n = tl.program_id(0) % BLOCKS * GROUPS + tl.arange(0, GROUPS)
+    inside = n < H
+    piece = (
+        tl.arange(0, LANES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+        + tl.zeros((GROUPS, 1, 1), tl.int32)
+    )  # fmt: skip
+    row = w2 + n[:, None, None] * WIDTH
+    acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
+    for first in range(0, count * CHUNKS, UNROLL):
+        codes = ()
+        scales = ()
+        for u in tl.static_range(UNROLL):
+            _, e = _take(key, number, (first + u) // CHUNKS)
+            start = (first + u) % CHUNKS * CHUNK
+            valid = n < tl.where(first + u < count * CHUNKS, H, 0)
+            mask = valid[:, None, None] & (start + piece < WIDTH)
+            codes += (tl.load(row + e * (H * WIDTH) + (start + piece), mask=mask, other=ZERO),)
+            s = _scale(
+                w2_scale + e * scale_elements, n, valid, start * PACKED,
+                I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES,
+            )  # fmt: skip
+            scales += (s,)
+        if PDL:
+            gdc_wait()
+        for u in tl.static_range(UNROLL):
+            k, e = _take(key, number, (first + u) // CHUNKS)
+            start = (first + u) % CHUNKS * CHUNK
+            used = first + u < count * CHUNKS
+            slot = token * TOP_K + k
+            width = tl.where(used, WIDTH, 0)
+            at = start + piece
+            a = tl.load(hidden + slot * WIDTH + at, mask=at < width, other=ZERO)
+            factor = 1.0
+            if not WEIGHT_ON_INPUT:
+                factor = tl.load(topk_weights + slot, mask=used, other=0.0)
+            if FORMAT == NVFP4:
+                factor *= tl.load(w2_global + e, mask=used, other=0.0) * 16384.0
+            zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
+            part = _add_products(
+                zero, codes[u], a, scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+            )  # fmt: skip
+            acc += part * factor
+    if PDL:
+        gdc_wait()  # this launch must not end before the first, also where nothing is local
+    where = out + token.to(tl.int64) * H + n
+    tl.store(where, tl.sum(tl.sum(acc, 2), 1).to(out.dtype.element_ty), mask=inside)
