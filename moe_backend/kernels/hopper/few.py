@@ -59,8 +59,7 @@ def run(
         "PDL": on_gpu,
         "HALF": x.dtype == torch.float16,
     }
-    if on_gpu:
-        shared["launch_pdl"] = True
+    overlap: dict[str, Any] = {"launch_pdl": True} if on_gpu else {}
     activation = layer.activation
     blocks = cdiv(i, few.gate_up.groups)
     programs = few.per_sm * (multiprocessors(x.device) if on_gpu else 1)
@@ -73,7 +72,7 @@ def run(
     few_device.down_kernel[(tokens * cdiv(h, few.down.groups),)](
         hidden.view(pairs), w2, w2_scale, w2_global, weights, ids, table, out, h, i,
         SLOTS=max(32, triton.next_power_of_2(top_k)), SCALE_N=n2, SCALE_K=k2,
-        **_launch(few.down), **shared,
+        **_launch(few.down), **shared, **overlap,
     )  # fmt: skip
     return out
 

@@ -211,8 +211,6 @@ def gate_up_kernel(
 ):
     """`hidden[slot] = act(gate, up)`: GROUPS hidden columns of one local slot a tile."""
     if PDL:
-        # The routing is complete before the second launch may begin and read it.
-        gdc_wait()
         gdc_launch_dependents()
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16  # elements (bytes of NVFP4) in 16 bytes
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
@@ -309,7 +307,11 @@ def down_kernel(
     HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`out[token]`: GROUPS columns of one token, summed over its local slots in order of k."""
+    """`out[token]`: GROUPS columns of one token, summed over its local slots in order of k.
+
+    The routing was complete before the first launch began, so it and the weights that it names may
+    be read before the wait for the hidden columns.
+    """
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
     ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
