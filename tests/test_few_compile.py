@@ -21,7 +21,7 @@ SHARED = {"TOP_K": 8, "SLOTS": 64, "HAS_MAP": True, "WEIGHT_ON_INPUT": False, "P
 
 
 def machine_code(kernel, name, lanes, unroll, warps, **constants):
-    """Operations of the machine code in order, such as `LDG.E.128`, and its shared memory."""
+    """Operations of the machine code in order, such as `LDG.E.128`, and all that was compiled."""
     constants = {
         **SHARED, "FORMAT": FORMATS[name], "HALF": False, "PDL": True, "H": 4096, "I": 1280,
         "SCALE_N": 128, "SCALE_K": 128, "GROUPS": warps * 32 // lanes, "LANES": lanes,
@@ -48,18 +48,18 @@ def machine_code(kernel, name, lanes, unroll, warps, **constants):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "launch_pdl": True}
     made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-    code = made.asm["sass"]
-    return re.findall(r"\b([A-Z][A-Z0-9_]+(?:\.[A-Z0-9_]+)*)\b(?=[ ;])", code), made.metadata.shared
+    code = re.findall(r"\b([A-Z][A-Z0-9_]+(?:\.[A-Z0-9_]+)*)\b(?=[ ;])", made.asm["sass"])
+    return code, made
 
 
 @pytest.mark.parametrize("lanes", [4, 32])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_gate_up_loads_straight_to_registers(name, lanes):
-    code, shared = machine_code(few_device.gate_up_kernel, name, lanes, 4, 1, ACTIVATION=1)
+    code, made = machine_code(few_device.gate_up_kernel, name, lanes, 4, 1, ACTIVATION=1)
     assert not [c for c in code if c.startswith(("LDS", "STS", "LDL", "STL", "LDSM"))]
-    assert shared == 0
+    assert made.metadata.shared == 0
     # All the weights of a step are on their way before the first product.
-    until = next(i for i, c in enumerate(code) if c.startswith("FFMA"))
+    until = next(i for i, c in enumerate(code) if c.startswith(("FFMA", "HMMA")))
     assert code[:until].count("LDG.E.128") >= 2 * 4
 
 
@@ -69,3 +69,19 @@ def test_down_loads_before_it_waits(name):
     assert not [c for c in code if c.startswith(("LDS", "STS", "LDL", "STL", "LDSM"))]
     wait = code.index("ACQBULK")
     assert code[:wait].count("LDG.E.128") >= 4
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+def test_nvfp4_quartets_are_where_the_mma_wants_them(warps):
+    """Lanes 4g to 4g + 3 hold group g: the fragments of an m16n8k16 MMA are laid out so."""
+    for kernel in (few_device.gate_up_kernel, few_device.down_kernel):
+        constants = {"ACTIVATION": 1} if kernel is few_device.gate_up_kernel else {}
+        code, made = machine_code(kernel, "nvfp4", 4, 4, warps, I=2048, **constants)
+        assert any(c.startswith("HMMA.16816.F32.BF16") for c in code)
+        ir = made.asm["ttgir"]
+        used = re.search(r"mma\.sync.*?-> tensor<4x\d+x16xf32, #(\w+)>", ir, re.DOTALL)
+        layout = re.search(rf"#{used[1]} = #ttg\.blocked<(.*)>", ir)[1]
+        assert layout == (
+            "{sizePerThread = [1, 1, 16], threadsPerWarp = [4, 8, 1], "
+            f"warpsPerCTA = [1, {warps}, 1], order = [2, 0, 1]}}"
+        )

@@ -69,7 +69,7 @@ def run(
         SLOTS=max(32, triton.next_power_of_2(slots)), ACTIVATION=ACTIVATIONS[activation.kind],
         SCALE_N=n13, SCALE_K=k13, **_launch(few.gate_up), **shared,
     )  # fmt: skip
-    few_device.down_kernel[(tokens * cdiv(h, few.down.groups),)](
+    few_device.down_kernel[(tokens * cdiv(h, 2 * few.down.groups),)](
         hidden.view(pairs), w2, w2_scale, w2_global, weights, ids, table, out, h, i,
         SLOTS=max(32, triton.next_power_of_2(top_k)), SCALE_N=n2, SCALE_K=k2,
         **_launch(few.down), **shared, **overlap,

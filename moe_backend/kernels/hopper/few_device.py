@@ -57,6 +57,61 @@ _DECODE: tl.constexpr = tl.constexpr(
     """
 )
 
+# Four bytes of a row ($4) and four of another ($5), 8 columns of NVFP4 each, times activations
+# ($6..$9, two a word), added to the accumulators of an m16n8k16 MMA whose rows 0..7 are the first
+# row of eight lane quartets and rows 8..15 the second. Codes become bf16 times their block scale
+# ($10, $12; as in `device._DECODE`); a pair is nibbles j and j + 4. All eight columns of the second
+# operand are the one token, so every lane ends up with the sums of its quartet.
+_MMA: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 v, g0, g1, g2, g3, u0, u1, u2, u3, b0, b1, b2, b3;
+    and.b32 g0, $4, 0x000F000F;
+    and.b32 g1, $4, 0x00F000F0;
+    shr.b32 v, $4, 8;
+    and.b32 g2, v, 0x000F000F;
+    and.b32 g3, v, 0x00F000F0;
+    mul.lo.u32 g0, g0, 0x1040;
+    mul.lo.u32 g1, g1, 0x0104;
+    mul.lo.u32 g2, g2, 0x1040;
+    mul.lo.u32 g3, g3, 0x0104;
+    and.b32 g0, g0, 0x81C081C0;
+    and.b32 g1, g1, 0x81C081C0;
+    and.b32 g2, g2, 0x81C081C0;
+    and.b32 g3, g3, 0x81C081C0;
+    mul.rn.bf16x2 g0, g0, $10;
+    mul.rn.bf16x2 g1, g1, $10;
+    mul.rn.bf16x2 g2, g2, $10;
+    mul.rn.bf16x2 g3, g3, $10;
+    and.b32 u0, $5, 0x000F000F;
+    and.b32 u1, $5, 0x00F000F0;
+    shr.b32 v, $5, 8;
+    and.b32 u2, v, 0x000F000F;
+    and.b32 u3, v, 0x00F000F0;
+    mul.lo.u32 u0, u0, 0x1040;
+    mul.lo.u32 u1, u1, 0x0104;
+    mul.lo.u32 u2, u2, 0x1040;
+    mul.lo.u32 u3, u3, 0x0104;
+    and.b32 u0, u0, 0x81C081C0;
+    and.b32 u1, u1, 0x81C081C0;
+    and.b32 u2, u2, 0x81C081C0;
+    and.b32 u3, u3, 0x81C081C0;
+    mul.rn.bf16x2 u0, u0, $12;
+    mul.rn.bf16x2 u1, u1, $12;
+    mul.rn.bf16x2 u2, u2, $12;
+    mul.rn.bf16x2 u3, u3, $12;
+    prmt.b32 b0, $6, $8, 0x5410;
+    prmt.b32 b1, $6, $8, 0x7632;
+    prmt.b32 b2, $7, $9, 0x5410;
+    prmt.b32 b3, $7, $9, 0x7632;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {g0, u0, g1, u1}, {b0, b1}, {$14, $15, $16, $17};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {g2, u2, g3, u3}, {b2, b3}, {$0, $1, $2, $3};
+    }
+    """
+)
+
 
 @triton.jit
 def _local_slots(ids, expert_map, first, num, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr):
@@ -95,8 +150,8 @@ def _halves(pair, HALF: tl.constexpr):
 
 @triton.jit
 def _quarters(piece, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """`[GROUPS, LANES, 16]` as four of `[GROUPS, LANES, 4]`, all in the same threads."""
-    low, high = tl.split(tl.reshape(piece, (GROUPS, LANES, 4, 2, 2)))
+    """`[LANES, GROUPS, 16]` as four of `[LANES, GROUPS, 4]`, all in the same threads."""
+    low, high = tl.split(tl.reshape(piece, (LANES, GROUPS, 4, 2, 2)))
     a, b = tl.split(low)
     c, d = tl.split(high)
     return a, b, c, d
@@ -114,14 +169,14 @@ def _add_products(
     PTX: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """`acc` `[GROUPS, LANES, 4]` plus the products of each thread's piece, times its scale.
+    """`acc` `[LANES, GROUPS, 4]` plus the products of each thread's piece, times its scale.
 
-    `w` are codes, NVFP4 two a byte; `x` activations, with NVFP4 two a word. NVFP4 products are
-    2**-14 times what they stand for. Sums are chains of four: one instruction a product.
+    `w` are codes, NVFP4 two a byte; `x` activations, with NVFP4 two a word. Sums are chains of
+    four: one instruction a product.
     """
     if FORMAT == BF16:
-        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (GROUPS, LANES, 4, 2)))
-        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (LANES, GROUPS, 4, 2)))
+        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (LANES, GROUPS, 4, 2)))
         acc += w0 * x0
         acc += w1 * x1
     elif FORMAT == FP8_BLOCK:
@@ -139,13 +194,65 @@ def _add_products(
             odd = _e2m1(w >> 4, tl.float32) * 0.00006103515625
         x_even, x_odd = _halves(x, HALF)
         # Bytes 0..7 share one scale, bytes 8..15 the next: they must stay apart in the last axis.
-        e0, e1 = tl.split(tl.reshape(even, (GROUPS, LANES, 2, 4, 2)))
-        o0, o1 = tl.split(tl.reshape(odd, (GROUPS, LANES, 2, 4, 2)))
-        a0, a1 = tl.split(tl.reshape(x_even, (GROUPS, LANES, 2, 4, 2)))
-        b0, b1 = tl.split(tl.reshape(x_odd, (GROUPS, LANES, 2, 4, 2)))
-        part = (e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1) * scale[:, :, :, None]
+        e0, e1 = tl.split(tl.reshape(even, (LANES, GROUPS, 2, 4, 2)))
+        o0, o1 = tl.split(tl.reshape(odd, (LANES, GROUPS, 2, 4, 2)))
+        a0, a1 = tl.split(tl.reshape(x_even, (LANES, GROUPS, 2, 4, 2)))
+        b0, b1 = tl.split(tl.reshape(x_odd, (LANES, GROUPS, 2, 4, 2)))
+        # The decoder's results are 2**-14 times what they stand for.
+        part = (e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1) * (scale * 16384.0)[:, :, :, None]
         acc += tl.sum(part, 2)
     return acc
+
+
+@triton.jit
+def _spread(scale, GROUPS: tl.constexpr):
+    """Two NVFP4 scales a lane as one a byte, in bf16 and times what `_MMA` wants."""
+    spread = (scale * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
+    return tl.reshape(tl.broadcast_to(spread[:, :, :, None], (4, GROUPS, 2, 8)), (4, GROUPS, 16))
+
+
+@triton.jit
+def _add_pair(
+    acc,
+    other,
+    w,
+    v,
+    x,
+    scale_w,
+    scale_v,
+    FORMAT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    MMA: tl.constexpr,
+):
+    """Products of two rows a group, `w` and `v`, with the same activations, added to their sums."""
+    if MMA:
+        acc = tl.inline_asm_elementwise(
+            _MMA, "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,f,f,f,f",
+            [w, v, x, _spread(scale_w, GROUPS), _spread(scale_v, GROUPS), acc],
+            dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        acc = _add_products(acc, w, x, scale_w, FORMAT, GROUPS, LANES, PTX, HALF)
+        other = _add_products(other, v, x, scale_v, FORMAT, GROUPS, LANES, PTX, HALF)
+    return acc, other
+
+
+@triton.jit
+def _totals(acc, other, GROUPS: tl.constexpr, MMA: tl.constexpr):
+    """`[GROUPS]` sums of the first and of the second rows."""
+    if MMA:
+        # Each lane has its quartet's sums: two columns (the same) of the first row and the second.
+        column, _ = tl.split(tl.reshape(acc, (4, GROUPS, 2, 2)))
+        first, second = tl.split(column)
+        total = tl.sum(first, 0) * 64.0  # 2**8 for the decoder, / 4 for the lanes
+        other_total = tl.sum(second, 0) * 64.0
+    else:
+        total = tl.sum(tl.sum(acc, 2), 0)
+        other_total = tl.sum(tl.sum(other, 2), 0)
+    return total, other_total
 
 
 @triton.jit
@@ -165,13 +272,13 @@ def _scale(
     if FORMAT == FP8_BLOCK:
         at = row // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
         lane = column + tl.arange(0, LANES) * 16
-        mask = inside[:, None] & (lane < K)[None, :]
-        scale = tl.load(base + at[:, None] + (lane // SCALE_K)[None, :], mask=mask, other=0.0)
+        mask = inside[None, :] & (lane < K)[:, None]
+        scale = tl.load(base + at[None, :] + (lane // SCALE_K)[:, None], mask=mask, other=0.0)
     elif FORMAT == NVFP4:
-        lane = tl.arange(0, LANES)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        lane = tl.arange(0, LANES)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
         group = column // 16 + lane
-        mask = inside[:, None, None] & (group < K // 16)
-        where = base + row.to(tl.int64)[:, None, None] * (K // 16) + group
+        mask = inside[None, :, None] & (group < K // 16)
+        where = base + row.to(tl.int64)[None, :, None] * (K // 16) + group
         scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     else:
         scale = 1.0
@@ -214,6 +321,7 @@ def gate_up_kernel(
         gdc_launch_dependents()
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16  # elements (bytes of NVFP4) in 16 bytes
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    MMA: tl.constexpr = FORMAT == NVFP4 and LANES == 4 and PTX
     ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
     WIDTH: tl.constexpr = H // PACKED
     CHUNK: tl.constexpr = LANES * PIECE
@@ -222,9 +330,10 @@ def gate_up_kernel(
     scale_columns = (H + SCALE_K - 1) // SCALE_K
     key, number, count = _local_slots(ids, expert_map, 0, num_slots, HAS_MAP, SLOTS)
     group = tl.arange(0, GROUPS)
+    # Lanes come first: then neighbours in a warp read neighbours in a row.
     piece = (
-        tl.arange(0, LANES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
-        + tl.zeros((GROUPS, 1, 1), tl.int32)
+        tl.arange(0, LANES)[:, None, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+        + tl.zeros((1, GROUPS, 1), tl.int32)
     )  # fmt: skip
     for t in range(tl.program_id(0), count * BLOCKS, tl.num_programs(0)):
         slot, e = _take(key, number, t // BLOCKS)
@@ -232,12 +341,12 @@ def gate_up_kernel(
         i = t % BLOCKS * GROUPS + group
         inside = i < I
         row = x + token.to(tl.int64) * WIDTH
-        gate_row = w13 + e * (2 * I * WIDTH) + i[:, None, None] * WIDTH
+        gate_row = w13 + e * (2 * I * WIDTH) + i[None, :, None] * WIDTH
         up_row = gate_row + I * WIDTH
         gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
         up_scale = gate_scale + scale_rows * scale_columns
-        gate = tl.zeros((GROUPS, LANES, 4), tl.float32)
-        up = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        gate = tl.zeros((LANES, GROUPS, 16 if MMA else 4), tl.float32)
+        up = tl.zeros((LANES, GROUPS, 4), tl.float32)
         for first in range(0, WIDTH, CHUNK * UNROLL):
             gates = ()
             ups = ()
@@ -246,7 +355,7 @@ def gate_up_kernel(
             for u in tl.static_range(UNROLL):
                 column = first + u * CHUNK + piece
                 k = (first + u * CHUNK) * PACKED
-                mask = inside[:, None, None] & (column < WIDTH)
+                mask = inside[None, :, None] & (column < WIDTH)
                 gates += (tl.load(gate_row + column, mask=mask, other=ZERO),)
                 ups += (tl.load(up_row + column, mask=mask, other=ZERO),)
                 sg = _scale(
@@ -262,17 +371,16 @@ def gate_up_kernel(
             for u in tl.static_range(UNROLL):
                 column = first + u * CHUNK + piece
                 a = tl.load(row + column, mask=column < WIDTH, other=ZERO)
-                gate = _add_products(
-                    gate, gates[u], a, gate_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                gate, up = _add_pair(
+                    gate, up, gates[u], ups[u], a, gate_scales[u], up_scales[u],
+                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
                 )  # fmt: skip
-                up = _add_products(
-                    up, ups[u], a, up_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
-                )  # fmt: skip
-        gate_sum = tl.sum(tl.sum(gate, 2), 1)
-        up_sum = tl.sum(tl.sum(up, 2), 1)
+        if MMA:
+            gate = tl.sum(tl.reshape(gate, (4, GROUPS, 4, 4)), 2)
+        gate_sum, up_sum = _totals(gate, up, GROUPS, MMA)
         if FORMAT == NVFP4:
-            gate_sum *= tl.load(w13_global + e * 2) * 16384.0
-            up_sum *= tl.load(w13_global + e * 2 + 1) * 16384.0
+            gate_sum *= tl.load(w13_global + e * 2)
+            up_sum *= tl.load(w13_global + e * 2 + 1)
         if WEIGHT_ON_INPUT:
             weight = tl.load(topk_weights + slot)
             gate_sum *= weight
@@ -307,64 +415,82 @@ def down_kernel(
     HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`out[token]`: GROUPS columns of one token, summed over its local slots in order of k.
+    """`out[token]`: 2 * GROUPS columns of one token, summed over its local slots in order of k.
 
     The routing was complete before the first launch began, so it and the weights that it names may
     be read before the wait for the hidden columns.
     """
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    MMA: tl.constexpr = FORMAT == NVFP4 and LANES == 4 and PTX
     ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
     WIDTH: tl.constexpr = I // PACKED
     CHUNK: tl.constexpr = LANES * PIECE
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
-    BLOCKS: tl.constexpr = (H + GROUPS - 1) // GROUPS
+    BLOCKS: tl.constexpr = (H + 2 * GROUPS - 1) // (2 * GROUPS)
     scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
     token = tl.program_id(0) // BLOCKS
     key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
-    n = tl.program_id(0) % BLOCKS * GROUPS + tl.arange(0, GROUPS)
-    inside = n < H
+    n = tl.program_id(0) % BLOCKS * (2 * GROUPS) + tl.arange(0, GROUPS)
+    m = n + GROUPS
+    # Lanes come first: then neighbours in a warp read neighbours in a row.
     piece = (
-        tl.arange(0, LANES)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
-        + tl.zeros((GROUPS, 1, 1), tl.int32)
+        tl.arange(0, LANES)[:, None, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+        + tl.zeros((1, GROUPS, 1), tl.int32)
     )  # fmt: skip
-    row = w2 + n[:, None, None] * WIDTH
-    acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
+    acc = tl.zeros((LANES, GROUPS, 4), tl.float32)
+    other = tl.zeros((LANES, GROUPS, 4), tl.float32)
     for first in range(0, count * CHUNKS, UNROLL):
         codes = ()
+        other_codes = ()
         scales = ()
+        other_scales = ()
         for u in tl.static_range(UNROLL):
             _, e = _take(key, number, (first + u) // CHUNKS)
             start = (first + u) % CHUNKS * CHUNK
-            valid = n < tl.where(first + u < count * CHUNKS, H, 0)
-            mask = valid[:, None, None] & (start + piece < WIDTH)
-            codes += (tl.load(row + e * (H * WIDTH) + (start + piece), mask=mask, other=ZERO),)
+            rows = tl.where(first + u < count * CHUNKS, H, 0)
+            column = start + piece
+            row = w2 + e * (H * WIDTH) + column
+            mask = (n < rows)[None, :, None] & (column < WIDTH)
+            other_mask = (m < rows)[None, :, None] & (column < WIDTH)
+            codes += (tl.load(row + n[None, :, None] * WIDTH, mask=mask, other=ZERO),)
+            other_codes += (tl.load(row + m[None, :, None] * WIDTH, mask=other_mask, other=ZERO),)
+            scale = w2_scale + e * scale_elements
             s = _scale(
-                w2_scale + e * scale_elements, n, valid, start * PACKED,
-                I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES,
+                scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+            )  # fmt: skip
+            o = _scale(
+                scale, m, m < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
             )  # fmt: skip
             scales += (s,)
+            other_scales += (o,)
         if PDL:
             gdc_wait()
         for u in tl.static_range(UNROLL):
             k, e = _take(key, number, (first + u) // CHUNKS)
-            start = (first + u) % CHUNKS * CHUNK
             used = first + u < count * CHUNKS
             slot = token * TOP_K + k
-            width = tl.where(used, WIDTH, 0)
-            at = start + piece
-            a = tl.load(hidden + slot * WIDTH + at, mask=at < width, other=ZERO)
             factor = 1.0
             if not WEIGHT_ON_INPUT:
                 factor = tl.load(topk_weights + slot, mask=used, other=0.0)
             if FORMAT == NVFP4:
-                factor *= tl.load(w2_global + e, mask=used, other=0.0) * 16384.0
-            zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
-            part = _add_products(
-                zero, codes[u], a, scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                factor *= tl.load(w2_global + e, mask=used, other=0.0)
+            column = (first + u) % CHUNKS * CHUNK + piece
+            width = tl.where(used, WIDTH, 0)
+            a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
+            zero = tl.zeros((LANES, GROUPS, 16 if MMA else 4), tl.float32)
+            other_zero = tl.zeros((LANES, GROUPS, 4), tl.float32)
+            part, other_part = _add_pair(
+                zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
+                FORMAT, GROUPS, LANES, PTX, HALF, MMA,
             )  # fmt: skip
+            if MMA:
+                part = tl.sum(tl.reshape(part, (4, GROUPS, 4, 4)), 2)
             acc += part * factor
+            other += other_part * factor
     if PDL:
         gdc_wait()  # this launch must not end before the first, also where nothing is local
-    where = out + token.to(tl.int64) * H + n
-    tl.store(where, tl.sum(tl.sum(acc, 2), 1).to(out.dtype.element_ty), mask=inside)
+    total, other_total = _totals(acc, other, GROUPS, MMA)
+    where = out + token.to(tl.int64) * H
+    tl.store(where + n, total.to(out.dtype.element_ty), mask=n < H)
+    tl.store(where + m, other_total.to(out.dtype.element_ty), mask=m < H)
