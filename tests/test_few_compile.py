@@ -79,9 +79,9 @@ def test_nvfp4_quartets_are_where_the_mma_wants_them(warps):
         code, made = machine_code(kernel, "nvfp4", 4, 4, warps, I=2048, **constants)
         assert any(c.startswith("HMMA.16816.F32.BF16") for c in code)
         ir = made.asm["ttgir"]
-        used = re.search(r"mma\.sync.*?-> tensor<4x\d+x16xf32, #(\w+)>", ir, re.DOTALL)
+        used = re.search(r"mma\.sync.*?-> tensor<\d+x64xf32, #(\w+)>", ir, re.DOTALL)
         layout = re.search(rf"#{used[1]} = #ttg\.blocked<(.*)>", ir)[1]
         assert layout == (
-            "{sizePerThread = [1, 1, 16], threadsPerWarp = [4, 8, 1], "
-            f"warpsPerCTA = [1, {warps}, 1], order = [2, 0, 1]}}"
+            "{sizePerThread = [1, 16], threadsPerWarp = [8, 4], "
+            f"warpsPerCTA = [{warps}, 1], order = [1, 0]}}"
         )

@@ -150,8 +150,8 @@ def _halves(pair, HALF: tl.constexpr):
 
 @triton.jit
 def _quarters(piece, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """`[LANES, GROUPS, 16]` as four of `[LANES, GROUPS, 4]`, all in the same threads."""
-    low, high = tl.split(tl.reshape(piece, (LANES, GROUPS, 4, 2, 2)))
+    """`[GROUPS, LANES, 16]` as four of `[GROUPS, LANES, 4]`, all in the same threads."""
+    low, high = tl.split(tl.reshape(piece, (GROUPS, LANES, 4, 2, 2)))
     a, b = tl.split(low)
     c, d = tl.split(high)
     return a, b, c, d
@@ -169,14 +169,14 @@ def _add_products(
     PTX: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """`acc` `[LANES, GROUPS, 4]` plus the products of each thread's piece, times its scale.
+    """`acc` `[GROUPS, LANES, 4]` plus the products of each thread's piece, times its scale.
 
     `w` are codes, NVFP4 two a byte; `x` activations, with NVFP4 two a word. Sums are chains of
     four: one instruction a product.
     """
     if FORMAT == BF16:
-        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (LANES, GROUPS, 4, 2)))
-        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (LANES, GROUPS, 4, 2)))
+        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (GROUPS, LANES, 4, 2)))
         acc += w0 * x0
         acc += w1 * x1
     elif FORMAT == FP8_BLOCK:
@@ -194,12 +194,13 @@ def _add_products(
             odd = _e2m1(w >> 4, tl.float32) * 0.00006103515625
         x_even, x_odd = _halves(x, HALF)
         # Bytes 0..7 share one scale, bytes 8..15 the next: they must stay apart in the last axis.
-        e0, e1 = tl.split(tl.reshape(even, (LANES, GROUPS, 2, 4, 2)))
-        o0, o1 = tl.split(tl.reshape(odd, (LANES, GROUPS, 2, 4, 2)))
-        a0, a1 = tl.split(tl.reshape(x_even, (LANES, GROUPS, 2, 4, 2)))
-        b0, b1 = tl.split(tl.reshape(x_odd, (LANES, GROUPS, 2, 4, 2)))
+        e0, e1 = tl.split(tl.reshape(even, (GROUPS, LANES, 2, 4, 2)))
+        o0, o1 = tl.split(tl.reshape(odd, (GROUPS, LANES, 2, 4, 2)))
+        a0, a1 = tl.split(tl.reshape(x_even, (GROUPS, LANES, 2, 4, 2)))
+        b0, b1 = tl.split(tl.reshape(x_odd, (GROUPS, LANES, 2, 4, 2)))
         # The decoder's results are 2**-14 times what they stand for.
-        part = (e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1) * (scale * 16384.0)[:, :, :, None]
+        part = e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1
+        part *= tl.reshape(scale * 16384.0, (GROUPS, LANES, 2, 1))
         acc += tl.sum(part, 2)
     return acc
 
@@ -208,7 +209,7 @@ def _add_products(
 def _spread(scale, GROUPS: tl.constexpr):
     """Two NVFP4 scales a lane as one a byte, in bf16 and times what `_MMA` wants."""
     spread = (scale * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
-    return tl.reshape(tl.broadcast_to(spread[:, :, :, None], (4, GROUPS, 2, 8)), (4, GROUPS, 16))
+    return tl.reshape(tl.broadcast_to(spread[:, :, None], (GROUPS, 8, 8)), (GROUPS, 64))
 
 
 @triton.jit
@@ -245,13 +246,13 @@ def _totals(acc, other, GROUPS: tl.constexpr, MMA: tl.constexpr):
     """`[GROUPS]` sums of the first and of the second rows."""
     if MMA:
         # Each lane has its quartet's sums: two columns (the same) of the first row and the second.
-        column, _ = tl.split(tl.reshape(acc, (4, GROUPS, 2, 2)))
+        column, _ = tl.split(tl.reshape(acc, (GROUPS, 4, 2, 2)))
         first, second = tl.split(column)
-        total = tl.sum(first, 0) * 64.0  # 2**8 for the decoder, / 4 for the lanes
-        other_total = tl.sum(second, 0) * 64.0
+        total = tl.sum(first, 1) * 64.0  # 2**8 for the decoder, / 4 for the lanes
+        other_total = tl.sum(second, 1) * 64.0
     else:
-        total = tl.sum(tl.sum(acc, 2), 0)
-        other_total = tl.sum(tl.sum(other, 2), 0)
+        total = tl.sum(tl.sum(acc, 2), 1)
+        other_total = tl.sum(tl.sum(other, 2), 1)
     return total, other_total
 
 
@@ -272,13 +273,12 @@ def _scale(
     if FORMAT == FP8_BLOCK:
         at = row // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
         lane = column + tl.arange(0, LANES) * 16
-        mask = inside[None, :] & (lane < K)[:, None]
-        scale = tl.load(base + at[None, :] + (lane // SCALE_K)[:, None], mask=mask, other=0.0)
+        mask = inside[:, None] & (lane < K)[None, :]
+        scale = tl.load(base + at[:, None] + (lane // SCALE_K)[None, :], mask=mask, other=0.0)
     elif FORMAT == NVFP4:
-        lane = tl.arange(0, LANES)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
-        group = column // 16 + lane
-        mask = inside[None, :, None] & (group < K // 16)
-        where = base + row.to(tl.int64)[None, :, None] * (K // 16) + group
+        group = column // 16 + tl.arange(0, 2 * LANES)
+        mask = inside[:, None] & (group < K // 16)[None, :]
+        where = base + row.to(tl.int64)[:, None] * (K // 16) + group[None, :]
         scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     else:
         scale = 1.0
@@ -330,23 +330,20 @@ def gate_up_kernel(
     scale_columns = (H + SCALE_K - 1) // SCALE_K
     key, number, count = _local_slots(ids, expert_map, 0, num_slots, HAS_MAP, SLOTS)
     group = tl.arange(0, GROUPS)
-    # Lanes come first: then neighbours in a warp read neighbours in a row.
-    piece = (
-        tl.arange(0, LANES)[:, None, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
-        + tl.zeros((1, GROUPS, 1), tl.int32)
-    )  # fmt: skip
+    # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
+    piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
     for t in range(tl.program_id(0), count * BLOCKS, tl.num_programs(0)):
         slot, e = _take(key, number, t // BLOCKS)
         token = slot // TOP_K
         i = t % BLOCKS * GROUPS + group
         inside = i < I
         row = x + token.to(tl.int64) * WIDTH
-        gate_row = w13 + e * (2 * I * WIDTH) + i[None, :, None] * WIDTH
+        gate_row = w13 + e * (2 * I * WIDTH) + i[:, None] * WIDTH
         up_row = gate_row + I * WIDTH
         gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
         up_scale = gate_scale + scale_rows * scale_columns
-        gate = tl.zeros((LANES, GROUPS, 16 if MMA else 4), tl.float32)
-        up = tl.zeros((LANES, GROUPS, 4), tl.float32)
+        gate = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+        up = tl.zeros((GROUPS, LANES, 4), tl.float32)
         for first in range(0, WIDTH, CHUNK * UNROLL):
             gates = ()
             ups = ()
@@ -355,7 +352,7 @@ def gate_up_kernel(
             for u in tl.static_range(UNROLL):
                 column = first + u * CHUNK + piece
                 k = (first + u * CHUNK) * PACKED
-                mask = inside[None, :, None] & (column < WIDTH)
+                mask = inside[:, None] & (column < WIDTH)
                 gates += (tl.load(gate_row + column, mask=mask, other=ZERO),)
                 ups += (tl.load(up_row + column, mask=mask, other=ZERO),)
                 sg = _scale(
@@ -376,7 +373,7 @@ def gate_up_kernel(
                     FORMAT, GROUPS, LANES, PTX, HALF, MMA,
                 )  # fmt: skip
         if MMA:
-            gate = tl.sum(tl.reshape(gate, (4, GROUPS, 4, 4)), 2)
+            gate = tl.sum(tl.reshape(gate, (GROUPS, 4, 4, 4)), 2)
         gate_sum, up_sum = _totals(gate, up, GROUPS, MMA)
         if FORMAT == NVFP4:
             gate_sum *= tl.load(w13_global + e * 2)
@@ -433,13 +430,10 @@ def down_kernel(
     key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
     n = tl.program_id(0) % BLOCKS * (2 * GROUPS) + tl.arange(0, GROUPS)
     m = n + GROUPS
-    # Lanes come first: then neighbours in a warp read neighbours in a row.
-    piece = (
-        tl.arange(0, LANES)[:, None, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
-        + tl.zeros((1, GROUPS, 1), tl.int32)
-    )  # fmt: skip
-    acc = tl.zeros((LANES, GROUPS, 4), tl.float32)
-    other = tl.zeros((LANES, GROUPS, 4), tl.float32)
+    # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
+    piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
+    acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
+    other = tl.zeros((GROUPS, LANES, 4), tl.float32)
     for first in range(0, count * CHUNKS, UNROLL):
         codes = ()
         other_codes = ()
@@ -451,10 +445,10 @@ def down_kernel(
             rows = tl.where(first + u < count * CHUNKS, H, 0)
             column = start + piece
             row = w2 + e * (H * WIDTH) + column
-            mask = (n < rows)[None, :, None] & (column < WIDTH)
-            other_mask = (m < rows)[None, :, None] & (column < WIDTH)
-            codes += (tl.load(row + n[None, :, None] * WIDTH, mask=mask, other=ZERO),)
-            other_codes += (tl.load(row + m[None, :, None] * WIDTH, mask=other_mask, other=ZERO),)
+            mask = (n < rows)[:, None] & (column < WIDTH)
+            other_mask = (m < rows)[:, None] & (column < WIDTH)
+            codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
+            other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
             scale = w2_scale + e * scale_elements
             s = _scale(
                 scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
@@ -478,14 +472,14 @@ def down_kernel(
             column = (first + u) % CHUNKS * CHUNK + piece
             width = tl.where(used, WIDTH, 0)
             a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
-            zero = tl.zeros((LANES, GROUPS, 16 if MMA else 4), tl.float32)
-            other_zero = tl.zeros((LANES, GROUPS, 4), tl.float32)
+            zero = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+            other_zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
             part, other_part = _add_pair(
                 zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
                 FORMAT, GROUPS, LANES, PTX, HALF, MMA,
             )  # fmt: skip
             if MMA:
-                part = tl.sum(tl.reshape(part, (4, GROUPS, 4, 4)), 2)
+                part = tl.sum(tl.reshape(part, (GROUPS, 4, 4, 4)), 2)
             acc += part * factor
             other += other_part * factor
     if PDL:
