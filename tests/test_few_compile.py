@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 
@@ -12,6 +13,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from moe_backend.kernels.hopper import few_device
+from moe_backend.kernels.hopper.few import check_quartets
 from moe_backend.kernels.triton.kernel import FORMATS
 
 ACTIVATIONS = {"bf16": "*bf16", "fp8_block": "*bf16", "nvfp4": "*i32"}
@@ -20,12 +22,17 @@ SCALES = {"bf16": "*bf16", "fp8_block": "*fp32", "nvfp4": "*fp8e4nv"}
 SHARED = {"TOP_K": 8, "SLOTS": 64, "HAS_MAP": True, "WEIGHT_ON_INPUT": False, "PTX": True}
 
 
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    asm: dict[str, str]
+
+
 def machine_code(kernel, name, lanes, unroll, warps, **constants):
     """Operations of the machine code in order, such as `LDG.E.128`, and all that was compiled."""
     constants = {
         **SHARED, "FORMAT": FORMATS[name], "HALF": False, "PDL": True, "H": 4096, "I": 1280,
         "SCALE_N": 128, "SCALE_K": 128, "GROUPS": warps * 32 // lanes, "LANES": lanes,
-        "UNROLL": unroll, **constants,
+        "UNROLL": unroll, "MMA": name == "nvfp4" and lanes == 4, **constants,
     }  # fmt: skip
     kinds = {
         "x": ACTIVATIONS[name],
@@ -78,10 +85,7 @@ def test_nvfp4_quartets_are_where_the_mma_wants_them(warps):
         constants = {"ACTIVATION": 1} if kernel is few_device.gate_up_kernel else {}
         code, made = machine_code(kernel, "nvfp4", 4, 4, warps, I=2048, **constants)
         assert any(c.startswith("HMMA.16816.F32.BF16") for c in code)
-        ir = made.asm["ttgir"]
-        used = re.search(r"mma\.sync.*?-> tensor<\d+x64xf32, #(\w+)>", ir, re.DOTALL)
-        layout = re.search(rf"#{used[1]} = #ttg\.blocked<(.*)>", ir)[1]
-        assert layout == (
-            "{sizePerThread = [1, 16], threadsPerWarp = [8, 4], "
-            f"warpsPerCTA = [{warps}, 1], order = [1, 0]}}"
-        )
+        check_quartets(made)
+        ir = made.asm["ttgir"].replace("[8, 4]", "[4, 8]")
+        with pytest.raises(RuntimeError, match="lays out NVFP4 weights differently"):
+            check_quartets(Compiled({"ttgir": ir}))

@@ -314,6 +314,7 @@ def gate_up_kernel(
     UNROLL: tl.constexpr,
     PTX: tl.constexpr,
     HALF: tl.constexpr,
+    MMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`hidden[slot] = act(gate, up)`: GROUPS hidden columns of one local slot a tile."""
@@ -321,7 +322,6 @@ def gate_up_kernel(
         gdc_launch_dependents()
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16  # elements (bytes of NVFP4) in 16 bytes
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
-    MMA: tl.constexpr = FORMAT == NVFP4 and LANES == 4 and PTX
     ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
     WIDTH: tl.constexpr = H // PACKED
     CHUNK: tl.constexpr = LANES * PIECE
@@ -410,6 +410,7 @@ def down_kernel(
     UNROLL: tl.constexpr,
     PTX: tl.constexpr,
     HALF: tl.constexpr,
+    MMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`out[token]`: 2 * GROUPS columns of one token, summed over its local slots in order of k.
@@ -419,7 +420,6 @@ def down_kernel(
     """
     PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16
     PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
-    MMA: tl.constexpr = FORMAT == NVFP4 and LANES == 4 and PTX
     ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
     WIDTH: tl.constexpr = I // PACKED
     CHUNK: tl.constexpr = LANES * PIECE
