@@ -45,7 +45,7 @@ def machine_code(kernel, name, lanes, unroll, warps, **constants):
         **dict.fromkeys(("w13_global", "w2_global", "topk_weights"), "*fp32"),
         **dict.fromkeys(("ids", "expert_map"), "*i32"),
         **dict.fromkeys(("limit", "alpha", "beta"), "fp32"),
-        "num_slots": "i32",
+        **dict.fromkeys(("num_slots", "programs"), "i32"),
     }
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else kinds[n] for n in names}

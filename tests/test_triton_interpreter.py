@@ -104,6 +104,7 @@ for number, case in enumerate(cases()):
         Part((4, 2, 16)[kind], 1 + number % 2, (16, 8, 32)[kind]),
         Part((2, 4, 8)[kind], (3, 1, 4)[kind], (8, 16, 32)[kind]),
         2,
+        1 + number % 2,
     )
     out = few.run(layer, *args, deal, on_gpu=False)
     found = difference(out, p.reference.half() if case.integer else p.reference)

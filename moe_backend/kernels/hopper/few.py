@@ -73,8 +73,10 @@ def run(
         SLOTS=max(32, triton.next_power_of_2(slots)), ACTIVATION=ACTIVATIONS[activation.kind],
         SCALE_N=n13, SCALE_K=k13, **_launch(few.gate_up, quartets), **shared,
     )  # fmt: skip
-    second = few_device.down_kernel[(tokens * cdiv(h, 2 * few.down.groups),)](
-        hidden.view(pairs), w2, w2_scale, w2_global, weights, ids, table, out, h, i,
+    programs = cdiv(cdiv(h, 2 * few.down.groups), few.repeat)
+    second = few_device.down_kernel[(tokens * programs,)](
+        hidden.view(pairs), w2, w2_scale, w2_global, weights, ids, table, out,
+        programs, h, i,
         SLOTS=max(32, triton.next_power_of_2(top_k)), SCALE_N=n2, SCALE_K=k2,
         **_launch(few.down, quartets), **shared, **overlap,
     )  # fmt: skip

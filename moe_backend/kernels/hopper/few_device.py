@@ -386,7 +386,7 @@ def gate_up_kernel(
         tl.store(hidden + slot * I + i, h.to(hidden.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def down_kernel(
     hidden,
     w2,
@@ -396,6 +396,7 @@ def down_kernel(
     ids,
     expert_map,
     out,
+    programs,
     H: tl.constexpr,
     I: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -413,8 +414,9 @@ def down_kernel(
     MMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`out[token]`: 2 * GROUPS columns of one token, summed over its local slots in order of k.
+    """`out[token]`: 2 * GROUPS columns a tile, summed over the token's local slots in order of k.
 
+    The tiles of a token are dealt to `programs` programs.
     The routing was complete before the first launch began, so it and the weights that it names may
     be read before the wait for the hidden columns.
     """
@@ -426,65 +428,69 @@ def down_kernel(
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     BLOCKS: tl.constexpr = (H + 2 * GROUPS - 1) // (2 * GROUPS)
     scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
-    token = tl.program_id(0) // BLOCKS
+    token = tl.program_id(0) // programs
     key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
-    n = tl.program_id(0) % BLOCKS * (2 * GROUPS) + tl.arange(0, GROUPS)
-    m = n + GROUPS
     # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
     piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
-    acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
-    other = tl.zeros((GROUPS, LANES, 4), tl.float32)
-    for first in range(0, count * CHUNKS, UNROLL):
-        codes = ()
-        other_codes = ()
-        scales = ()
-        other_scales = ()
-        for u in tl.static_range(UNROLL):
-            _, e = _take(key, number, (first + u) // CHUNKS)
-            start = (first + u) % CHUNKS * CHUNK
-            rows = tl.where(first + u < count * CHUNKS, H, 0)
-            column = start + piece
-            row = w2 + e * (H * WIDTH) + column
-            mask = (n < rows)[:, None] & (column < WIDTH)
-            other_mask = (m < rows)[:, None] & (column < WIDTH)
-            codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
-            other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
-            scale = w2_scale + e * scale_elements
-            s = _scale(
-                scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
-            )  # fmt: skip
-            o = _scale(
-                scale, m, m < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
-            )  # fmt: skip
-            scales += (s,)
-            other_scales += (o,)
+    for block in range(tl.program_id(0) % programs, BLOCKS, programs):
+        n = block * (2 * GROUPS) + tl.arange(0, GROUPS)
+        m = n + GROUPS
+        acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        other = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        for first in range(0, count * CHUNKS, UNROLL):
+            codes = ()
+            other_codes = ()
+            scales = ()
+            other_scales = ()
+            factors = ()
+            for u in tl.static_range(UNROLL):
+                k, e = _take(key, number, (first + u) // CHUNKS)
+                used = first + u < count * CHUNKS
+                start = (first + u) % CHUNKS * CHUNK
+                rows = tl.where(used, H, 0)
+                column = start + piece
+                row = w2 + e * (H * WIDTH) + column
+                mask = (n < rows)[:, None] & (column < WIDTH)
+                other_mask = (m < rows)[:, None] & (column < WIDTH)
+                codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
+                other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
+                scale = w2_scale + e * scale_elements
+                s = _scale(
+                    scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                o = _scale(
+                    scale, m, m < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                scales += (s,)
+                other_scales += (o,)
+                factor = 1.0
+                if not WEIGHT_ON_INPUT:
+                    factor = tl.load(topk_weights + token * TOP_K + k, mask=used, other=0.0)
+                if FORMAT == NVFP4:
+                    factor *= tl.load(w2_global + e, mask=used, other=0.0)
+                factors += (factor,)
+            if PDL:
+                gdc_wait()
+            for u in tl.static_range(UNROLL):
+                k, _ = _take(key, number, (first + u) // CHUNKS)
+                used = first + u < count * CHUNKS
+                slot = token * TOP_K + k
+                column = (first + u) % CHUNKS * CHUNK + piece
+                width = tl.where(used, WIDTH, 0)
+                a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
+                zero = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+                other_zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
+                part, other_part = _add_pair(
+                    zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
+                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
+                )  # fmt: skip
+                if MMA:
+                    part = tl.sum(tl.reshape(part, (GROUPS, 4, 4, 4)), 2)
+                acc += part * factors[u]
+                other += other_part * factors[u]
         if PDL:
-            gdc_wait()
-        for u in tl.static_range(UNROLL):
-            k, e = _take(key, number, (first + u) // CHUNKS)
-            used = first + u < count * CHUNKS
-            slot = token * TOP_K + k
-            factor = 1.0
-            if not WEIGHT_ON_INPUT:
-                factor = tl.load(topk_weights + slot, mask=used, other=0.0)
-            if FORMAT == NVFP4:
-                factor *= tl.load(w2_global + e, mask=used, other=0.0)
-            column = (first + u) % CHUNKS * CHUNK + piece
-            width = tl.where(used, WIDTH, 0)
-            a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
-            zero = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
-            other_zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
-            part, other_part = _add_pair(
-                zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
-                FORMAT, GROUPS, LANES, PTX, HALF, MMA,
-            )  # fmt: skip
-            if MMA:
-                part = tl.sum(tl.reshape(part, (GROUPS, 4, 4, 4)), 2)
-            acc += part * factor
-            other += other_part * factor
-    if PDL:
-        gdc_wait()  # this launch must not end before the first, also where nothing is local
-    total, other_total = _totals(acc, other, GROUPS, MMA)
-    where = out + token.to(tl.int64) * H
-    tl.store(where + n, total.to(out.dtype.element_ty), mask=n < H)
-    tl.store(where + m, other_total.to(out.dtype.element_ty), mask=m < H)
+            gdc_wait()  # this launch must not end before the first, also where nothing is local
+        total, other_total = _totals(acc, other, GROUPS, MMA)
+        where = out + token.to(tl.int64) * H
+        tl.store(where + n, total.to(out.dtype.element_ty), mask=n < H)
+        tl.store(where + m, other_total.to(out.dtype.element_ty), mask=m < H)

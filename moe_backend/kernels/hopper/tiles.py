@@ -72,11 +72,13 @@ class Few:
     Attributes:
         gate_up, down: of the two launches.
         per_sm: programs of the first that share a multiprocessor; they take tiles in turn.
+        repeat: tiles of one token that a program of the second takes.
     """
 
     gate_up: Part
     down: Part
     per_sm: int
+    repeat: int = 1
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
