@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
+from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.registry import LayerConfig
 
 
@@ -93,13 +94,26 @@ FEW_SLOTS = 64
 def choose(layer: LayerConfig, tokens: int) -> Tiles | Few:
     """The method for a call with this many tokens, and its numbers."""
     if tokens <= FEW_TOKENS and tokens * layer.top_k <= FEW_SLOTS:
-        return few(layer)
+        return few(layer, tokens)
     return tiles(layer, tokens)
 
 
-def few(layer: LayerConfig) -> Few:
-    """How matrix-vector products deal out the rows of a layer."""
-    return Few(Part(32, 4, 1), Part(16, 4, 1), 12)
+def few(layer: LayerConfig, tokens: int) -> Few:
+    """How matrix-vector products deal out the rows of a layer.
+
+    A row's reads are all on their way at once where the registers hold them.
+    """
+    bits = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}[layer.format]
+    reads = cdiv(layer.hidden_size * bits // 8, 512)
+    first = Part(32, min(8, reads), 1)
+    reads = cdiv(layer.intermediate_size * bits // 8, 256)
+    # Rows of few reads: those of several slots together.
+    second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
+    slots = tokens * layer.top_k * layer.num_local_experts / layer.num_experts
+    if layer.format == Nvfp4Weights.name and slots >= 3:
+        # Enough rows for quartets of lanes, whose products are MMAs.
+        first, second = Part(4, 8, 1), Part(4, 8, 1)
+    return Few(first, second, 16, 1 if tokens <= 2 else 4)
 
 
 def tiles(layer: LayerConfig, tokens: int) -> Tiles:
