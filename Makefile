@@ -34,7 +34,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help install dev demo test test-long emulate versions lint typecheck format clean distclean
+.PHONY: help install dev demo test test-long emulate sanitize versions lint typecheck format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs g
 
 test-long: dev ## the tests that `make test` leaves out: every layout in every format (20 minutes)
 	$(PY) -m pytest -m long $(PYTEST_ARGS)
+
+sanitize: ## the GPU kernels under compute-sanitizer (NVIDIA; 5 minutes; PY=python where vLLM is installed)
+	$(PY) tests/gpu_sanitizer.py --tool memcheck --tool racecheck --tool initcheck
 
 versions: dev ## the seam and layer tests on every supported vLLM (downloads 600 MB)
 	@folders=$$($(PY) packaging/vllm_versions.py .cache/vllm); \

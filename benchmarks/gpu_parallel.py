@@ -168,6 +168,10 @@ class Session:
         taken = [row["seconds"] for row in self.rows if row["name"] != "probe"]
         return max(taken) if taken else min(FIRST_START_S, 0.9 * self.args.budget)
 
+    def left(self) -> float:
+        """Seconds that a run may take."""
+        return max(30.0, self.ends - time.monotonic())
+
     def add(self, name: str, row: dict[str, Any]) -> None:
         row = {
             "name": name,
@@ -183,31 +187,12 @@ class Session:
         shown = {k: v for k, v in row.items() if k not in ("tokens", "log", "probe", "versions")}
         print(json.dumps(shown), flush=True)
 
-    def environment(self) -> dict[str, str]:
-        env = {
-            # Multicast off unless the caller has set these otherwise.
-            "NCCL_NVLS_ENABLE": "0",
-            "NVSHMEM_DISABLE_NVLS": "1",
-            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            **os.environ,
-            "VLLM_LOGGING_LEVEL": "INFO",
-            "PYTHONPATH": os.pathsep.join(
-                (str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""))
-            ),
-        }
-        env.pop(VARIABLE, None)
-        if self.args.nccl:
-            # Preloaded, so that torch and vLLM use the same one.
-            env["LD_PRELOAD"] = env["VLLM_NCCL_SO_PATH"] = str(self.args.nccl.resolve(strict=True))
-        return env
-
     def probe(self, scratch: Path) -> dict[str, Any]:
         """`python -m moe_backend.comm`."""
         out = scratch / "probe.json"
         command = [sys.executable, "-m", "moe_backend.comm", "--world-size", str(self.args.tp)]
         began = time.monotonic()
-        code, said = self.call([*command, "--json", str(out)], self.environment())
+        code, said = call([*command, "--json", str(out)], environment(self.args.nccl), self.left())
         return {
             "ok": code == 0,
             "seconds": round(time.monotonic() - began, 1),
@@ -219,7 +204,9 @@ class Session:
         model = TINY if run.format == "bf16" else models / run.format
         if not model.exists():
             command = [sys.executable, "-m", "moe_backend.cli", "convert", str(TINY), str(model)]
-            subprocess.run([*command, "--to", run.format], check=True, env=self.environment())
+            subprocess.run(
+                [*command, "--to", run.format], check=True, env=environment(self.args.nccl)
+            )
         answer = scratch / "answer.json"
         answer.unlink(missing_ok=True)
         job = {
@@ -231,7 +218,7 @@ class Session:
             "prompts": self.args.prompts,
             "answer": str(answer),
         }
-        env = self.environment()
+        env = environment(self.args.nccl)
         env["XDG_CACHE_HOME"] = str(scratch)  # no verdict of another run
         env["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
         if run.setting != "unset":
@@ -242,7 +229,7 @@ class Session:
             env["GPU_PARALLEL_FAULTY"] = "1"
         began = time.monotonic()
         command = [sys.executable, str(HERE / "gpu_parallel_serve.py"), json.dumps(job)]
-        code, said = self.call(command, env)
+        code, said = call(command, env, self.left())
         if code is None:
             return None
         row: dict[str, Any] = {"run": asdict(run), "ok": False, "log": telling(said)}
@@ -276,23 +263,44 @@ class Session:
             "absent": any("which is not enabled here" in line for line in row["log"]),
         }
 
-    def call(self, command: list[str], env: dict[str, str]) -> tuple[int | None, str]:
-        """Exit code, None when time was up, and output. Nothing that it started outlives it."""
-        left = max(30.0, self.ends - time.monotonic())
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-            start_new_session=True,
-        ) as process:
-            try:
-                said, _ = process.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                return None, process.communicate()[0]
-        return process.returncode, said
+
+def environment(nccl: Path | None = None) -> dict[str, str]:
+    """For everything that is started: no multicast, our package, another NCCL library if given."""
+    env = {
+        # Multicast off unless the caller has set these otherwise.
+        "NCCL_NVLS_ENABLE": "0",
+        "NVSHMEM_DISABLE_NVLS": "1",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        **os.environ,
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "PYTHONPATH": os.pathsep.join(
+            (str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""))
+        ),
+    }
+    env.pop(VARIABLE, None)
+    if nccl:
+        # Preloaded, so that torch and vLLM use the same one.
+        env["LD_PRELOAD"] = env["VLLM_NCCL_SO_PATH"] = str(nccl.resolve(strict=True))
+    return env
+
+
+def call(command: list[str], env: dict[str, str], limit_s: float) -> tuple[int | None, str]:
+    """Exit code, None when time was up, and output. Nothing that it started outlives it."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
+    return process.returncode, said
 
 
 def telling(said: str) -> list[str]:

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_parallel_serve.py JOB
 
-JOB is JSON; its fields are read in `main`.
+JOB is JSON; its fields are read in `main`. `gpu_answers.py` has its runs done here too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_server import free_port, serving
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny_step")]
@@ -35,7 +34,7 @@ def main() -> None:
     import tasks
 
     simple_inference.prepare_environment(job["model"], job["ranks"])
-    job["eager"] = simple_inference.on_cpu()
+    job["eager"] = job.get("eager", False) or simple_inference.on_cpu()
     samples = tasks.held_out(job["prompts"])
     ask = ask_over_http if job["data_parallel"] else ask_offline
     answer = ask(job, [prompt for _, prompt, _ in samples])
@@ -79,6 +78,7 @@ def ask_offline(job: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
         max_num_seqs=max(CAPTURED),
         compilation_config=compilation(job),
         worker_extension_cls="gpu_parallel_worker.CountingWorker",
+        **job.get("engine", {}),
     )
     started = time.monotonic()
     outputs = llm.generate(
@@ -98,57 +98,32 @@ def ask_offline(job: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
 
 def ask_over_http(job: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
     """Through `vllm serve` with data parallelism, which `vllm.LLM` does not do in one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", job["model"]]
-    command += ["--moe-backend", "blockscale", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--data-parallel-size", str(job["ranks"]), "--enable-expert-parallel"]
-    command += ["--max-model-len", "512", "--max-num-seqs", str(max(CAPTURED))]
-    command += ["--served-model-name", "tiny"]
-    command += ["--enforce-eager"] if job["eager"] else []
-    command += ["--compilation-config", json.dumps(compilation(job))]
+    port = free_port()
+    options = ["--moe-backend", "blockscale", "--served-model-name", "tiny"]
+    options += ["--data-parallel-size", str(job["ranks"]), "--enable-expert-parallel"]
+    options += ["--max-model-len", "512", "--max-num-seqs", str(max(CAPTURED))]
+    options += ["--enforce-eager"] if job["eager"] else []
+    options += ["--compilation-config", json.dumps(compilation(job))]
     body = {"model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": MAX_TOKENS}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps({**body, "return_token_ids": True}).encode(),
         {"Content-Type": "application/json"},
     )
-    began = time.monotonic()
-    server = subprocess.Popen(command)
-    try:
-        wait_until_up(port, server, began + START_S)
-        started = time.monotonic()
+    with serving(job["model"], options, port, START_S, own_session=False) as start_s:
+        began = time.monotonic()
         with urllib.request.urlopen(request, timeout=300) as response:
             choices = json.load(response)["choices"]
         ended = time.monotonic()
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
     choices.sort(key=lambda choice: choice["index"])
     return {
-        "start_s": round(started - began, 1),
-        "generate_s": round(ended - started, 2),
+        "start_s": round(start_s, 1),
+        "generate_s": round(ended - began, 2),
         "texts": [choice["text"] for choice in choices],
         "tokens": [choice["token_ids"] for choice in choices],
         "calls": {},
         "checked": 0,
     }
-
-
-def wait_until_up(port: int, server: subprocess.Popen[bytes], until: float) -> None:
-    while time.monotonic() < until:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server ended with exit code {server.returncode}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer within {START_S} s")
 
 
 def versions() -> Iterator[tuple[str, str]]:

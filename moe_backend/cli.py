@@ -1,4 +1,4 @@
-"""The command `moe-backend`: doctor, verify, inspect, convert."""
+"""The command `moe-backend`: doctor, verify, inspect, convert, bench."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_verify(commands)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_bench(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -128,7 +129,7 @@ def _verify(args: argparse.Namespace) -> int:
         results.append(result)
         if not result.ok:
             print(f"WRONG   {result.kernel}: {result.name}: relative L2 {result.rel_l2:.3g}")
-    caught = list(run_controls())
+    caught = list(run_controls(args.device))
     for control in caught:
         if not control.caught:
             print(f"UNCAUGHT {control.name}: relative L2 {control.rel_l2:.3g}")
@@ -206,3 +207,16 @@ def _add_convert(commands: Any) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(main())
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    from moe_backend.bench.command import add_bench_arguments, run_bench
+
+    parser = commands.add_parser(
+        "bench", help="time the experts on this GPU beside the other backends of the installed vLLM"
+    )
+    add_bench_arguments(parser)
+    parser.set_defaults(run=run_bench)

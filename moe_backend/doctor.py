@@ -11,6 +11,7 @@ import torch
 from moe_backend import __version__, envs, plugin
 from moe_backend.formats import FORMATS
 from moe_backend.kernels.registry import LayerConfig, select
+from moe_backend.kernels.warmup import cache_folder
 from moe_backend.verify.problems import ACTIVATIONS
 
 
@@ -51,6 +52,7 @@ def examine() -> Report:
     problems: list[str] = []
     facts["accelerator"] = _accelerator()
     facts["Triton"] = _version("triton")
+    facts["compiled kernels"] = cache_folder()
     facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Report(facts, _layers(device, problems), _variables(), problems)

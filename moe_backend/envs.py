@@ -40,4 +40,11 @@ ALL_REDUCE = Variable(
     "auto: what was built is tried with known sums when a group starts",
 )
 
-VARIABLES = (KERNEL, NVFP4, ALL_REDUCE)
+WARMUP = Variable(
+    "MOE_BACKEND_WARMUP",
+    "seconds that compiling the kernels of one kind of layer may take when it is loaded; "
+    "0: each is compiled at its first use",
+    "120",
+)
+
+VARIABLES = (KERNEL, NVFP4, ALL_REDUCE, WARMUP)

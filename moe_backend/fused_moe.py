@@ -16,6 +16,7 @@ import torch
 from moe_backend.formats import Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.registry import Kernel, LayerConfig, Selection, kernel_named, select
+from moe_backend.kernels.warmup import Report, warm_up
 
 logger = logging.getLogger("moe_backend")
 
@@ -85,6 +86,13 @@ class FusedMoE:
             self.tensors if tensors is None else tensors,
             self.plan,
         )
+
+    def warm_up(
+        self, max_tokens: int, *, tensors: list[torch.Tensor | None] | None = None
+    ) -> Report | None:
+        """Compile what calls with 1 to `max_tokens` tokens need (`kernels.warmup.warm_up`)."""
+        given = self.tensors if tensors is None else tensors
+        return warm_up(self.selection.kernel, self.layer, given, max_tokens)
 
     def hand_over(self) -> list[torch.Tensor | None]:
         """Give the prepared weights to an engine that keeps them as its layer's parameters.

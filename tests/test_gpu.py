@@ -33,13 +33,8 @@ def kernel(request):
 def on_gpu(case, kernel, seed=0):
     """`(FusedMoE of the kernel, problem)`, the layer's tensors on the GPU."""
     problem = build(case, seed)
-    moved = {
-        name: value.cuda()
-        for name, value in vars(problem.weights).items()
-        if isinstance(value, torch.Tensor)
-    }
-    layer = replace(problem.layer, device="cuda")
-    return FusedMoE(layer, replace(problem.weights, **moved), kernel=kernel), problem
+    there = problem.to("cuda")
+    return FusedMoE(there.layer, there.weights, kernel=kernel), problem
 
 
 def right(out, problem, fused):
@@ -48,13 +43,8 @@ def right(out, problem, fused):
 
 
 def inputs(problem):
-    expert_map = problem.expert_map
-    return (
-        problem.x.cuda(),
-        problem.topk_weights.cuda(),
-        problem.topk_ids.cuda(),
-        None if expert_map is None else expert_map.cuda(),
-    )
+    there = problem.to("cuda")
+    return there.x, there.topk_weights, there.topk_ids, there.expert_map
 
 
 def test_every_case_on_every_kernel():
@@ -64,8 +54,8 @@ def test_every_case_on_every_kernel():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 31, 64, 127, 129, 304, 1000])
-def test_token_counts(name, tokens, kernel):
+@pytest.mark.parametrize("tokens", [1, 16, 129, 1000])
+def test_token_counts_against_float64(name, tokens, kernel):
     fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"), kernel)
     assert right(fused(*inputs(problem)), problem, fused)
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from moe_backend.fused_moe import FusedMoE
+from moe_backend.kernels.hopper import prefill
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import FEW_TOKENS, Tile, choose, few, tiles
+from moe_backend.kernels.hopper.tiles import FEW_TOKENS, Prefill, Tile, choose, few, tiles
 from moe_backend.kernels.registry import Selection
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
@@ -34,7 +35,10 @@ def test_every_choice_is_sound(intermediate):
     for one, tokens in itertools.product(layers, TOKENS):
         assert shape_refusal(one) is None
         made = tiles(one, tokens)
-        check_tiles(one, made.gate_up, made.down)
+        if isinstance(made, Prefill):
+            prefill.check(one, made)
+        else:
+            check_tiles(one, made.gate_up, made.down)
         assert choose(one, tokens) in (made, few(one, tokens))
 
 

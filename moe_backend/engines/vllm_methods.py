@@ -138,6 +138,16 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     if line not in _logged:
         _logged.add(line)
         logger.info("%s and layers like it: %s", layer.layer_name, line)
+    report = fused.warm_up(_most_tokens(layer.moe_backend_config), tensors=experts.read_tensors())
+    if report is not None:
+        level = logging.WARNING if report.left else logging.INFO
+        logger.log(level, "%s and layers like it: %s", layer.layer_name, report)
+
+
+def _most_tokens(config: Any) -> int:
+    """Tokens of one call: a step's, of every data-parallel rank whose tokens come here."""
+    scheduler, parallel = config.scheduler_config, config.parallel_config
+    return int(scheduler.max_num_batched_tokens * parallel.data_parallel_size)
 
 
 def _layer_config(layer: Any, weights: Weights) -> LayerConfig:

@@ -66,6 +66,9 @@ class Nvfp4NativeKernel:
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return None
 
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        return []  # vLLM's operators in it cannot be run without the launches before them
+
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         """Padded weights with their scales in 128x4 blocks, in the order of `Weights.tensors()`.
 

@@ -118,6 +118,9 @@ class ReferenceKernel:
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return None
 
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        return []
+
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         return weights.tensors()
 

@@ -99,6 +99,12 @@ class Kernel(Protocol):
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         """Columns that share an fp8 scale in the input of w13 and of w2; None: not quantised."""
 
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        """Ascending token counts, whose calls between them compile all that any call with 1 to
+        `max_tokens` tokens compiles at its first use; empty if nothing does. They may compile the
+        same: `warm_up` leaves those out.
+        """
+
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         """Turn canonical weights into the tensors that `apply` reads; once per load."""
 

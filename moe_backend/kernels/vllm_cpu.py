@@ -50,6 +50,9 @@ class VllmCpuKernel:
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return None
 
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        return []
+
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         assert isinstance(weights, Bf16Weights)
         return [_prepack(weights.w13), _prepack(weights.w2)]

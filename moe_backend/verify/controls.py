@@ -57,10 +57,11 @@ class Control:
     make: Callable[[Case], Problem] = build
     sound: Callable[[Problem], torch.Tensor] = _sound
 
-    def outcome(self) -> tuple[torch.Tensor, Problem]:
-        """The wrong output, and the problem whose check must flag it."""
-        problem = self.make(self.case)
-        return self.run(problem), problem
+    def outcome(self, device: str = "cpu") -> tuple[torch.Tensor, Problem]:
+        """The wrong output, computed on a device, and the problem whose check must flag it."""
+        problem = self.make(self.case).to(device)
+        with torch.device(device):  # what a control allocates
+            return self.run(problem), problem
 
 
 def _raw_codes(p: Problem) -> torch.Tensor:

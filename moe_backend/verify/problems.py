@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors of a case, on the CPU; `reference` is float64 `[T, H]`."""
+    """Tensors of a case, built on the CPU; `reference` is float64 `[T, H]`."""
 
     case: Case
     layer: LayerConfig
@@ -77,6 +77,23 @@ class Problem:
     topk_ids: torch.Tensor
     expert_map: torch.Tensor | None
     reference: torch.Tensor
+
+    def to(self, device: str) -> Problem:
+        """The same with every tensor, and the layer, on a device."""
+        if self.layer.device == device:
+            return self
+
+        tensors = {n: v.to(device) for n, v in vars(self.weights).items() if torch.is_tensor(v)}
+        return Problem(
+            self.case,
+            replace(self.layer, device=device),
+            replace(self.weights, **tensors),  # type: ignore[arg-type]
+            self.x.to(device),
+            self.topk_weights.to(device),
+            self.topk_ids.to(device),
+            None if self.expert_map is None else self.expert_map.to(device),
+            self.reference.to(device),
+        )
 
 
 def cases(quick: bool = False) -> Iterator[Case]:

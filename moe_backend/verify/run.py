@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_backend.formats import Weights
 from moe_backend.formats.fp8_block import dequantize_per_group, quantize_per_group
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.nvfp4_native import W4A4
@@ -106,15 +105,9 @@ def _able(problem: Problem, device: str, only: str | None) -> list[Kernel]:
 
 
 def _run(kernel: Kernel, problem: Problem, device: str) -> torch.Tensor:
-    layer = replace(problem.layer, device=device)
-    fused = FusedMoE(layer, _to(problem.weights, device), kernel=kernel.name)
-    expert_map = problem.expert_map
-    return fused(
-        problem.x.to(device),
-        problem.topk_weights.to(device),
-        problem.topk_ids.to(device),
-        None if expert_map is None else expert_map.to(device),
-    )
+    there = problem.to(device)
+    fused = FusedMoE(there.layer, there.weights, kernel=kernel.name)
+    return fused(there.x, there.topk_weights, there.topk_ids, there.expert_map)
 
 
 def _result(case: Case, kernel: Kernel, found: Difference, ok: bool) -> CaseResult:
@@ -135,18 +128,9 @@ def _as_kernel_returns(problem: Problem) -> torch.Tensor:
     return problem.reference.bfloat16() if problem.case.integer else problem.reference
 
 
-def run_controls() -> Iterator[ControlResult]:
-    """Every control through the same check as the cases."""
+def run_controls(device: str = "cpu") -> Iterator[ControlResult]:
+    """Every control through the same check as the cases, computed on a device."""
     for control in controls():
-        out, problem = control.outcome()
+        out, problem = control.outcome(device)
         found = difference(out, _as_kernel_returns(problem))
         yield ControlResult(control.name, not passes(found, problem.case), found.rel_l2)
-
-
-def _to(weights: Weights, device: str) -> Weights:
-    moved = {
-        name: value.to(device)
-        for name, value in vars(weights).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return replace(weights, **moved)  # type: ignore[arg-type]

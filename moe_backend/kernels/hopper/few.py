@@ -82,7 +82,8 @@ def run(
     )  # fmt: skip
     if quartets:
         for part, compiled in ((few.gate_up, first), (few.down, second)):
-            if part.lanes == 4:
+            # Warm-up compiles without a launch and returns no kernel.
+            if part.lanes == 4 and isinstance(compiled, triton.compiler.CompiledKernel):
                 check_quartets(compiled)
     return out
 

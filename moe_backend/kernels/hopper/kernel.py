@@ -12,10 +12,11 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import few, tiled
-from moe_backend.kernels.hopper.tiles import Few, Tiles, choose
+from moe_backend.kernels.hopper import few, prefill, tiled
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, choose
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import in_slices
+from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
+from moe_backend.kernels.triton.variants import candidates
 
 # Outputs before the sum over top-k: 2**28 in bf16 are half a GiB, 8192 tokens of Step-3.5.
 PARTIAL_ELEMENTS = 2**28
@@ -43,6 +44,10 @@ class HopperKernel:
 
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return choose(layer, tokens).activation_groups(layer)
+
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        most = min(max_tokens, slice_tokens(layer, PARTIAL_ELEMENTS))
+        return candidates(layer, most, lambda tokens: choose(layer, tokens))
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         # The views that the memory accelerator gets take rows to lie one after another.
@@ -87,7 +92,7 @@ def run(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
-    choice: Tiles | Few | None = None,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """The experts of one layer; arguments as in `registry.Kernel.apply`.
 
@@ -97,4 +102,6 @@ def run(
     choice = choice or choose(layer, len(x))
     if isinstance(choice, Few):
         return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Prefill):
+        return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

@@ -6,6 +6,8 @@ Measured on an H200; `docs/kernels.md` says what was tried.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
@@ -43,6 +45,27 @@ class Tiles:
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
         return (128, self.gate_up.n) if layer.format == Fp8BlockWeights.name else None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """FP8 with many tokens per expert (`prefill.py`).
+
+    Attributes:
+        hidden: hidden columns of a tile of the first GEMM, 64 or 128; they share a scale.
+        stages13: steps of 128 that shared memory holds.
+        outputs: columns of a tile of the second GEMM, 128 or 256.
+        stages2: as stages13.
+    """
+
+    hidden: int
+    stages13: int
+    outputs: int
+    stages2: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return 128, self.hidden
 
 
 @dataclass(frozen=True)
@@ -86,12 +109,14 @@ class Few:
         return None
 
 
+Choice = Tiles | Prefill | Few
+
 # Beyond so many tokens or slots, experts get enough tokens for the tiled GEMMs to win.
 FEW_TOKENS = 8
 FEW_SLOTS = 64
 
 
-def choose(layer: LayerConfig, tokens: int) -> Tiles | Few:
+def choose(layer: LayerConfig, tokens: int) -> Choice:
     """The method for a call with this many tokens, and its numbers."""
     if tokens <= FEW_TOKENS and tokens * layer.top_k <= FEW_SLOTS:
         return few(layer, tokens)
@@ -116,8 +141,8 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     return Few(first, second, 16, 1 if tokens <= 2 else 4)
 
 
-def tiles(layer: LayerConfig, tokens: int) -> Tiles:
-    """Tiles for a call with this many tokens, by the average number of slots per expert."""
+def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill:
+    """Tiled method and tiles for a call, by the average number of slots per expert."""
     slots = tokens * layer.top_k / layer.num_experts
     if layer.format == Fp8BlockWeights.name:
         return _fp8(layer, slots)
@@ -127,9 +152,29 @@ def tiles(layer: LayerConfig, tokens: int) -> Tiles:
     return _bf16(slots)
 
 
-def _fp8(layer: LayerConfig, slots: float) -> Tiles:
+@cache
+def triton_version() -> tuple[int, int]:
+    """Of the installed Triton, (0, 0) if there is none."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
+    # Gluon as `prefill_device.py` is written for it came with Triton 3.6.
+    many = slots >= 24 and triton_version() >= (3, 6)
+    if many and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
+        # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
+        # has registers enough: 3.6 has, 3.9 has not.
+        i = layer.intermediate_size
+        wide = layer.w13_block[0] % 128 == 0 and cdiv(i, 128) * 128 <= 1.1 * i
+        if wide and triton_version() == (3, 6):
+            return Prefill(128, 4, 128, 6)
+        return Prefill(64, 6, 128, 6)
     (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
     k13 = min(128, k13)
     m = 16 if slots <= 12 else 32

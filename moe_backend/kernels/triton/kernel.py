@@ -16,6 +16,7 @@ from moe_backend.activation import ActivationKind
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by, cdiv
 from moe_backend.kernels.registry import LayerConfig
+from moe_backend.kernels.triton.variants import MULTIPLE, candidates
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
 # Outputs before the sum over top-k are fp32; 2**27 of them are half a GiB, 4096 tokens of Step-3.5.
@@ -41,11 +42,17 @@ def in_slices(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     """`run` over slices of the tokens, so that outputs before the sum are at most `elements`."""
-    step = max(1, elements // (layer.top_k * layer.hidden_size))
+    step = slice_tokens(layer, elements)
     if len(x) <= step:
         return run(layer, tensors, x, topk_weights, topk_ids, expert_map)
     parts = zip(x.split(step), topk_weights.split(step), topk_ids.split(step), strict=True)
     return torch.cat([run(layer, tensors, *part, expert_map) for part in parts])
+
+
+def slice_tokens(layer: LayerConfig, elements: int) -> int:
+    """Tokens of one slice; a multiple of 16, so that every slice starts at an aligned address."""
+    step = elements // (layer.top_k * layer.hidden_size)
+    return max(1, step - step % MULTIPLE if step > MULTIPLE else step)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,10 @@ class TritonKernel:
 
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         return None
+
+    def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
+        most = min(max_tokens, slice_tokens(layer, PARTIAL_ELEMENTS))
+        return candidates(layer, most, lambda tokens: blocks(layer, tokens))
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         return weights.tensors()

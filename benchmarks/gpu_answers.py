@@ -1,0 +1,203 @@
+"""The tiny trained model's answers through vLLM: each format, eager and captured, on 1 or 2 GPUs.
+
+    python benchmarks/gpu_answers.py [--tp 1|2] [--json FILE] [--logs DIR]
+
+Every run asks the same held-out prompts greedily, with our backend. With `--tp 1`: bf16, FP8 blocks
+and NVFP4 (kept packed), eager and with CUDA graphs. With `--tp 2`: the same formats eager on one
+GPU, to compare with, and on two GPUs with CUDA graphs, tensor parallel and with experts spread.
+All runs share the GPUs and go on at once: the model is small, and starting vLLM takes most of the
+time.
+
+A run is right if at least 97 % of its answers are, if it gives the same tokens as the eager run of
+its format for at least 97 % of the prompts, and if the log names the expected kernel and no other
+(`hopper`, unless `--kernel` says otherwise). Not all: batches of other sizes and sums over ranks
+add in another order, and a near-tie may fall the other way. The control drops the clamp of the
+activation and asks for another kernel; it has to fail all three checks.
+
+Exit code 0: every run is right, and the control is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_parallel import HERE, TINY, call, environment, telling
+
+ENOUGH = 0.97  # of the prompts
+FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt")
+APART_S = 1.5  # between starts, which look for free ports
+# The size is given, so that vLLM does not measure free memory that others are just taking.
+ENGINE = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
+CONTROL_FAULTS = ["answers", "tokens", "kernel"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine; `control`: without the clamp, and by another kernel."""
+
+    format: str
+    tp: int = 1
+    expert_parallel: bool = False
+    eager: bool = False
+    control: bool = False
+
+    @property
+    def name(self) -> str:
+        layout = f"TP{self.tp}{'+EP' if self.expert_parallel else ''}"
+        way = "eager" if self.eager else "captured"
+        return f"{self.format} {layout} {way}{' CONTROL' if self.control else ''}"
+
+
+def runs(tp: int) -> list[Run]:
+    """The run to compare with is the first of its format."""
+    wanted = [Run(format, eager=True) for format in FORMATS]
+    if tp == 1:
+        wanted += [Run(format) for format in FORMATS]
+    else:
+        wanted += [Run(format, tp, spread) for spread in (False, True) for format in FORMATS]
+    return [*wanted, Run("fp8-block", eager=True, control=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tp", type=int, default=1, help="GPUs")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--kernel", nargs="+", default=["hopper"], help="any of these has to run")
+    parser.add_argument("--other", default="triton", help="the one that the control asks for")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="these runs alone")
+    parser.add_argument("--at-once", type=int, default=16, help="engines")
+    parser.add_argument("--limit", type=float, default=270, metavar="S", help="of each engine")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--logs", type=Path, default=Path("answers-logs"), metavar="DIR")
+    args = parser.parse_args()
+    args.logs.mkdir(parents=True, exist_ok=True)
+    chosen = [run for run in runs(args.tp) if all(word in run.name.split() for word in args.only)]
+    if not chosen:
+        parser.error(
+            f"--only {args.only}: no such run; there are {[r.name for r in runs(args.tp)]}"
+        )
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
+        scratch = Path(folder)
+        models = dict(zip(FORMATS, pool.map(lambda f: convert(f, scratch), FORMATS), strict=True))
+        models["unclamped"] = unclamp(models["fp8-block"], scratch / "unclamped")
+        jobs = [(number, run, models, scratch, args) for number, run in enumerate(chosen)]
+        rows = list(pool.map(lambda job: ask(*job), jobs))
+
+    for row in rows:
+        first = next(r for r in rows if r["format"] == row["format"])
+        row["faults"] = faults(row, first, args.kernel)
+        row["ok"] = row["faults"] == (CONTROL_FAULTS if row["control"] else [])
+        row["date"] = datetime.date.today().isoformat()
+        print(f"{'ok   ' if row['ok'] else 'WRONG'} {row['name']:32} {told(row)}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} in {time.monotonic() - began:.0f} s")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def convert(format: str, scratch: Path) -> Path:
+    if format == "bf16":
+        return TINY
+    command = [sys.executable, "-m", "moe_backend.cli", "convert", str(TINY)]
+    code, said = call([*command, str(scratch / format), "--to", format], environment(), 200)
+    if code:
+        raise RuntimeError(f"converting to {format} failed:\n{said[-2000:]}")
+    return scratch / format
+
+
+def unclamp(model: Path, folder: Path) -> Path:
+    """The model with a config.json that says that no layer clamps."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    config["swiglu_limits"] = [0.0] * len(config["swiglu_limits"])
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ask(
+    number: int, run: Run, models: dict[str, Path], scratch: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Start one engine, ask all prompts; what it answered, or `error`."""
+    time.sleep(number % args.at_once * APART_S)
+    own = scratch / f"run{number}"
+    own.mkdir()
+    env = environment()
+    env |= {"XDG_CACHE_HOME": str(own), "OMP_NUM_THREADS": "1"}
+    env["MOE_BACKEND_NVFP4"] = "packed"  # whatever `auto` would do: FP8 experts have runs here
+    env.pop("MOE_BACKEND_KERNEL", None)
+    if run.control:
+        env["MOE_BACKEND_KERNEL"] = args.other
+    if run.tp == 1 and args.tp > 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(number % args.tp)
+    job = {
+        "model": str(models["unclamped" if run.control else run.format]),
+        "ranks": run.tp,
+        "expert_parallel": run.expert_parallel,
+        "data_parallel": False,
+        "no_compile": True,
+        "eager": run.eager,
+        "engine": ENGINE,
+        "prompts": args.prompts,
+        "answer": str(own / "answer.json"),
+    }
+    began = time.monotonic()
+    command = [sys.executable, str(HERE / "gpu_parallel_serve.py"), json.dumps(job)]
+    code, said = call(command, env, args.limit)
+    (args.logs / f"{run.name.replace(' ', '-')}.log").write_text(said)
+    row: dict[str, Any] = {"name": run.name, **asdict(run), "log": telling(said)}
+    row["kernels"] = sorted(set(re.findall(r"\bkernel=(\w+)", "\n".join(row["log"]))))
+    if (own / "answer.json").exists():
+        row |= json.loads((own / "answer.json").read_text())
+    else:
+        row["error"] = f"{f'exit code {code}' if code else 'out of time'}: {said[-1500:]}"
+    row["seconds"] = round(time.monotonic() - began, 1)
+    return row
+
+
+def faults(row: dict[str, Any], first: dict[str, Any], kernels: list[str]) -> list[str]:
+    """Which of the checks a run fails; writes the share of prompts with the tokens of `first`."""
+    if "error" in row:
+        return ["error"]
+    found = []
+    if row["right"] < ENOUGH:
+        found.append("answers")
+    if "error" in first:
+        found.append("nothing to compare with")
+    else:
+        pairs = zip(row["tokens"], first["tokens"], strict=True)
+        row["alike"] = sum(a == b for a, b in pairs) / len(row["tokens"])
+        if row["alike"] < ENOUGH:
+            found.append("tokens")
+    if not row["kernels"] or not set(row["kernels"]) <= set(kernels):
+        found.append("kernel")
+    return found
+
+
+def told(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return str(row["error"])
+    alike = f"{row['alike']:.1%} tokens as the first" if "alike" in row else "not compared"
+    fails = f"fails {', '.join(row['faults'])}" if row["faults"] else ""
+    kernels = "+".join(row["kernels"]) or "no kernel named"
+    return f"{row['right']:.1%} right, {alike}, {kernels}, {row['seconds']:.0f} s  {fails}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

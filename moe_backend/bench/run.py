@@ -1,0 +1,170 @@
+"""Measure layers: ours and the rivals on the same inputs, each checked in the same run."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import subprocess
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from moe_backend import __version__
+from moe_backend.bench.floor import Rates, floor_us
+from moe_backend.bench.inputs import Inputs, make_inputs
+from moe_backend.bench.measure import Result, measure, quick_milliseconds, reason
+from moe_backend.bench.report import Row
+from moe_backend.bench.shapes import Shape
+from moe_backend.engines import vllm_rivals
+from moe_backend.engines.vllm_rivals import Missing
+from moe_backend.formats import Weights
+from moe_backend.fused_moe import FusedMoE
+from moe_backend.kernels.registry import Kernel, LayerConfig
+
+Results = dict[int, dict[str, Result]]  # by tokens and name
+
+
+class Bench:
+    """One run over any number of layers.
+
+    Args:
+        wanted: names of the rivals to measure.
+        say: told what is being measured now.
+    """
+
+    def __init__(
+        self,
+        rates: Rates,
+        wanted: Collection[str],
+        say: Callable[[str], None],
+        device: str = "cuda",
+    ) -> None:
+        self.rates = rates
+        self.wanted = wanted
+        self.say = say
+        self.device = device
+        self.common: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "versions": versions(),
+            "date": datetime.date.today().isoformat(),
+            "rates": asdict(rates),
+        }
+        self._rivals: dict[tuple[Shape, str], Results] = {}
+
+    def rows(self, shape: Shape, routing: str) -> list[Row]:
+        """Measure one layer at all its token counts."""
+        self.say(f"{shape.name} {routing}: weights")
+        weights = shape.weights(self.device)
+        inputs = self._inputs(shape, weights, routing)
+        rows = {
+            t: Row(
+                shape.name, t, routing, round(floor_us(shape, given.topk_ids, self.rates), 2),
+                **self.common,
+            )
+            for t, given in inputs.items()
+        }  # fmt: skip
+        self._ours(shape, weights, inputs, rows)
+        results = self._rivals_on(shape, routing, weights, inputs)
+        _fill(rows, results, "")
+        if shape.rivals_of is not None:
+            del weights, inputs
+            free()
+            _fill(rows, self._rivals_on(shape.rivals_of, routing), " (padded)")
+        return list(rows.values())
+
+    def _inputs(self, shape: Shape, weights: Weights, routing: str) -> dict[int, Inputs]:
+        return {t: make_inputs(shape, weights, t, routing, self.device) for t in shape.tokens}
+
+    def _ours(
+        self, shape: Shape, weights: Weights, inputs: dict[int, Inputs], rows: dict[int, Row]
+    ) -> None:
+        layer = shape.layer(self.device)
+        ours = FusedMoE(layer, weights)
+        kernel = ours.selection.kernel
+        for tokens, given in inputs.items():
+            self.say(f"{shape.name}: ours, {tokens} tokens")
+            row, result = rows[tokens], measure(ours, given)
+            row.ours_us, row.rel_l2 = result.us, result.rel_l2
+            row.kernel = f"{kernel.name}: {choice_of(kernel, layer, tokens)}".rstrip(": ")
+            if result.note:
+                row.notes["ours"] = result.note
+
+    def _rivals_on(
+        self,
+        shape: Shape,
+        routing: str,
+        weights: Weights | None = None,
+        inputs: dict[int, Inputs] | None = None,
+    ) -> Results:
+        """The rivals' results, measured once: an even split asks for the padded layer's too."""
+        if (shape, routing) not in self._rivals:
+            if not vllm_rivals.installed() or not self.wanted:
+                return {}
+            if weights is None or inputs is None:
+                weights = shape.weights(self.device)
+                inputs = self._inputs(shape, weights, routing)
+            self._rivals[shape, routing] = self._measured(shape, weights, inputs)
+        return self._rivals[shape, routing]
+
+    def _measured(self, shape: Shape, weights: Weights, inputs: dict[int, Inputs]) -> Results:
+        results: Results = {t: {} for t in inputs}
+        layer = shape.layer(self.device)
+        offers = vllm_rivals.build(layer, weights, self.wanted, quick_milliseconds)
+        for rival in offers:
+            for tokens, given in inputs.items():
+                if isinstance(rival, Missing):
+                    results[tokens][rival.name] = Result(None, None, rival.reason)
+                    continue
+                self.say(f"{shape.name}: {rival.name}, {tokens} tokens")
+                try:
+                    call, note = rival.fit(given.args)
+                except Exception as error:  # the other backends are still measured
+                    results[tokens][rival.name] = Result(None, None, reason(error))
+                    continue
+                results[tokens][rival.name] = measure(call, given, note)
+                del call
+            del rival
+            free()
+        return results
+
+
+def _fill(rows: dict[int, Row], results: Results, suffix: str) -> None:
+    for tokens, by_name in results.items():
+        for name, result in by_name.items():
+            rows[tokens].rivals[name + suffix] = result.us
+            if result.note:
+                rows[tokens].notes[name + suffix] = result.note
+
+
+def choice_of(kernel: Kernel, layer: LayerConfig, tokens: int) -> str:
+    """What our kernel does for so many tokens; empty where it has one way only."""
+    if kernel.name != "hopper":
+        return ""
+    from moe_backend.kernels.hopper.tiles import choose
+
+    return str(choose(layer, tokens))
+
+
+def free() -> None:
+    """Give back what the last backend held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the times depend on."""
+    found = {"moe-backend": __version__, "torch": torch.__version__}
+    for name in ("triton", "vllm", "humming-kernels", "flashinfer-python"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    except OSError:
+        driver = []
+    return {**found, "driver": driver[0] if driver else "unknown"}

@@ -1,0 +1,137 @@
+"""Device code around the GEMMs for many tokens: slots sorted by expert, and the sum at the end.
+
+Positions are those of the sorted slots. Every expert's first position is a multiple of 4, so that
+the accelerator can read fp32 scales from there (its rows must begin at multiples of 16 bytes).
+Within an expert the order is that of the slots: no atomics, so repeated runs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
+
+
+@triton.jit
+def rank_kernel(
+    ids, expert_map, local, rank, counts, num_slots,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A chunk of slots: local expert (or -1) and rank among the chunk's slots of that expert.
+
+    `counts[chunk, e]` gets the number of slots of each; its last bin takes the dropped ones.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    chunk = tl.program_id(0)
+    index = tl.arange(0, CHUNK)
+    slot = chunk * CHUNK + index
+    expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
+    if HAS_MAP:
+        expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+    tl.store(local + slot, expert, mask=slot < num_slots)
+    bin = tl.where(expert >= 0, expert, BINS - 1)
+    found = tl.histogram(bin, BINS)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), found)
+    key = tl.sort(bin * CHUNK + index)
+    first = tl.cumsum(found, 0) - found
+    mine = index - tl.gather(first, key // CHUNK, 0)
+    slot = chunk * CHUNK + key % CHUNK
+    tl.store(rank + slot, mine, mask=slot < num_slots)
+
+
+@triton.jit
+def place_kernel(
+    counts, base, tiles, num_local, chunks,
+    CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`base[chunk, e]`: position of a chunk's first slot of expert e, for COLUMNS of the experts.
+
+    `tiles` gets the number of tiles, then expert, first position and end position of each.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    own = tl.program_id(0)
+    position = 0
+    tile = 0
+    for b in range(own):
+        e = b * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (chunk < chunks) & (e < num_local)[None, :]
+        total = tl.sum(tl.load(counts + chunk * BINS + e[None, :], mask=inside, other=0), 0)
+        position += tl.sum((total + 3) // 4 * 4, 0)
+        tile += tl.sum((total + TOKENS - 1) // TOKENS, 0)
+    e = own * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (chunk < chunks) & (e < num_local)[None, :]
+    found = tl.load(counts + chunk * BINS + e[None, :], mask=inside, other=0)
+    total = tl.sum(found, 0)
+    padded = (total + 3) // 4 * 4
+    start = position + tl.cumsum(padded, 0) - padded
+    before = tl.cumsum(found, 0) - found
+    tl.store(base + chunk * BINS + e[None, :], start[None, :] + before, mask=inside)
+    each = (total + TOKENS - 1) // TOKENS
+    row = tile + tl.cumsum(each, 0) - each
+    for t in range(tl.max(each, 0)):
+        entry = tiles + 1 + (row + t) * 3
+        tl.store(entry, e, mask=t < each)
+        tl.store(entry + 1, start + t * TOKENS, mask=t < each)
+        tl.store(entry + 2, start + total, mask=t < each)
+    if own == tl.num_programs(0) - 1:
+        tl.store(tiles, tile + tl.sum(each, 0))
+
+
+@triton.jit
+def permute_kernel(
+    x, topk_weights, local, rank, base, position, operand, operand_scale, H, scale_stride,
+    WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    GROUPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Each token, quantised per 128 columns, to the positions of its slots; -1 for dropped ones."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+    if WEIGHT_ON_INPUT:
+        value *= tl.load(topk_weights + token)
+    amax = tl.max(tl.abs(value), 1)
+    scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+    code = (value / scale[:, None]).to(operand.dtype.element_ty)
+    groups = tl.cdiv(H, 128)
+    for k in tl.static_range(TOP_K):
+        slot = token * TOP_K + k
+        expert = tl.load(local + slot)
+        first = tl.load(base + slot // CHUNK * BINS + expert, mask=expert >= 0, other=0)
+        p = tl.where(expert >= 0, first + tl.load(rank + slot), -1)
+        tl.store(position + slot, p)
+        if p >= 0:
+            tl.store(operand + p.to(tl.int64) * H + column, code, mask=column < H)
+            tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
+
+
+@triton.jit
+def combine_kernel(
+    partial, position, topk_weights, out, H,
+    TOP_K: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`out[token] = sum over k of topk_weight * partial[position]`, in order of k."""
+    if PDL:
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        p = tl.load(position + token * TOP_K + k).to(tl.int64)
+        inside = column < tl.where(p >= 0, H, 0)  # a dropped slot has no row
+        row = tl.load(partial + p * H + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHT_ON_INPUT:
+            acc += row
+        else:
+            acc += row * tl.load(topk_weights + token * TOP_K + k)
+    tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

@@ -1,0 +1,150 @@
+"""The compiled variants that a call's Triton launches need: found without launching, and compiled.
+
+Which variant a launch needs is Triton's to say: by constants, dtypes, and which integers and
+pointers are 1 or multiples of 16. So the host code is run as it is, with launches that stop short
+of the GPU (`JITFunction.run(warmup=True)`), and Triton's hook is asked what it would compile. Read
+and run with Triton 3.6 and 3.9 (`runtime/jit.py`, `runtime/_async_compile.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from moe_backend.kernels.registry import LayerConfig
+
+Variant = tuple[str, str, str]  # module, kernel, and Triton's key of arguments and options
+MAX_THREADS = 16
+MULTIPLE = 16  # what Triton specialises integers and pointers on
+
+
+def candidates(layer: LayerConfig, max_tokens: int, choice: Callable[[int], Hashable]) -> list[int]:
+    """Token counts that between them need every variant of calls with 1 to `max_tokens` tokens.
+
+    Within a range of equal choices and equal powers of two above tokens and slots, what is left is
+    divisibility by 16 of numbers that grow with the tokens: 16 counts in a row show each.
+
+    Args:
+        choice: what the host code chooses for so many tokens, tiles or blocks.
+    """
+    found = []
+    last: tuple[Hashable, ...] | None = None
+    remaining = 0
+    for tokens in range(1, max_tokens + 1):
+        powers = (tokens - 1).bit_length(), (tokens * layer.top_k - 1).bit_length()
+        here = (choice(tokens), *powers)
+        if here != last:
+            last, remaining = here, MULTIPLE
+        if remaining:
+            found.append(tokens)
+            remaining -= 1
+    return found
+
+
+def variants_missing(call: Callable[[], None]) -> set[Variant]:
+    """The variants that `call` needs and this process has not; nothing is compiled or launched."""
+    from triton import knobs
+
+    missing: set[Variant] = set()
+
+    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+        missing.add((fn.module, fn.name, str(key)))
+        return True  # do not compile it
+
+    previous = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = note
+    try:
+        with _without_launches():
+            call()
+    finally:
+        knobs.runtime.jit_cache_hook = previous
+    return missing
+
+
+def compile_variants(calls: Sequence[Callable[[], None]], deadline: float) -> int:
+    """Compile what the calls need, many at a time, until `time.monotonic()` passes the deadline.
+
+    An error of the compiler is left for the call that needs the variant. What is being compiled at
+    the deadline is finished.
+
+    Returns:
+        how many variants were compiled, rather than found in Triton's cache.
+    """
+    import triton
+
+    with _count_compiled() as compiled:
+        asynchronous = getattr(triton, "AsyncCompileMode", None)
+        if asynchronous is None:  # an older Triton: each in turn
+            with _without_launches():
+                for call in calls:
+                    if time.monotonic() < deadline:
+                        call()
+            return len(compiled)
+        threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        with _Until(deadline, threads) as executor:
+            with asynchronous(executor, ignore_errors=True), _without_launches():
+                for call in calls:
+                    call()
+        return len(compiled)
+
+
+class _Until(ThreadPoolExecutor):
+    """Threads that start nothing after a deadline."""
+
+    def __init__(self, deadline: float, threads: int) -> None:
+        super().__init__(threads)
+        self.deadline = deadline
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(self._start, fn, *args, **kwargs)
+
+    def _start(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Not `shutdown(cancel_futures=True)`: `as_completed` waits for ever for those it cancels.
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        return fn(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_launches() -> Iterator[None]:
+    """Within, this thread's Triton launches end before the launch, compiled or not."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    thread = threading.get_ident()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        ours = threading.get_ident() == thread
+        return run(self, *args, grid=grid, warmup=warmup or ours, **kwargs)
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextlib.contextmanager
+def _count_compiled() -> Iterator[list[str]]:
+    """Within, the kernels that Triton compiled, not those found in its cache."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    previous = knobs.compilation.listener
+
+    def listen(**found: Any) -> None:
+        if not found["cache_hit"]:
+            compiled.append(str(found["metadata"]["name"]))
+        if previous is not None:
+            previous(**found)
+
+    knobs.compilation.listener = listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = previous
