@@ -108,11 +108,12 @@ class FusedMoE:
         blocks = dict.fromkeys(by(b) for b in (layer.w13_block, layer.w2_block) if b is not None)
         block = f" {' and '.join(blocks)}" if blocks else ""
         kernel = self.selection.kernel
-        few, many = (kernel.activation_groups(layer, tokens) for tokens in (1, 2**20))
-        activations = kernel.activations
-        if few is not None and many is not None:
-            hidden = dict.fromkeys((f"1x{few[1]}", f"1x{many[1]}"))  # finer with few tokens
-            activations = f"fp8 1x{few[0]}, hidden {' to '.join(hidden)}"
+        groups = [kernel.activation_groups(layer, 2**n) for n in range(21)]
+        activations = kernel.activations if None in groups else ""
+        if quantised := [g for g in groups if g is not None]:
+            hidden = dict.fromkeys(f"1x{columns}" for _, columns in quantised)  # as tokens grow
+            activations += " with few tokens, else " if activations else ""
+            activations += f"fp8 1x{quantised[0][0]}, hidden {' to '.join(hidden)}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"
         return (
             f"format={layer.format}{block} layout={experts}, top-{layer.top_k}, "

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import prefill
-from moe_backend.kernels.hopper.kernel import shape_refusal
+from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Prefill, Tile, choose
+from moe_backend.kernels.hopper.tiles import FEW_TOKENS, Prefill, Tile, choose, few, tiles
+from moe_backend.kernels.registry import Selection
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
 
@@ -32,11 +34,12 @@ def test_every_choice_is_sound(intermediate):
     layers += [layer("fp8_block", intermediate, blocks) for blocks in BLOCKS]
     for one, tokens in itertools.product(layers, TOKENS):
         assert shape_refusal(one) is None
-        choice = choose(one, tokens)
-        if isinstance(choice, Prefill):
-            prefill.check(one, choice)
+        made = tiles(one, tokens)
+        if isinstance(made, Prefill):
+            prefill.check(one, made)
         else:
-            check_tiles(one, choice.gate_up, choice.down)
+            check_tiles(one, made.gate_up, made.down)
+        assert choose(one, tokens) in (made, few(one, tokens))
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,13 @@ def test_every_choice_is_sound(intermediate):
 def test_a_tile_that_mixes_scales_is_refused(name, blocks, first, second):
     with pytest.raises(AssertionError):
         check_tiles(layer(name, 1280, blocks), first, second or Tile(16, 128, 64, 4, 3, 2))
+
+
+def test_the_log_says_which_calls_quantise():
+    problem = build(Case("fp8_block", KINDS[0]))
+    fused = FusedMoE(problem.layer, problem.weights, kernel="reference")
+    fused.selection = Selection(HopperKernel(), "asked for")
+    said = "activations=not quantised with few tokens, else fp8 1x128, hidden 1x64 (asked for)"
+    assert said in fused.describe()
+    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS) is None
+    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS + 1) == (128, 64)

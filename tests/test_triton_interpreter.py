@@ -77,6 +77,58 @@ for number, case in enumerate(cases()):
 print(json.dumps(results))
 """
 
+FEW = """
+import json
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # what torch.empty returns is NaN
+from moe_backend.formats import Bf16Weights
+from moe_backend.kernels.hopper import few
+from moe_backend.kernels.hopper.kernel import shape_refusal
+from moe_backend.kernels.hopper.tiles import Few, Part
+from moe_backend.kernels.reference import ReferenceKernel
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import build, cases
+
+results = {}
+for number, case in enumerate(cases()):
+    p = build(case)
+    if case.tokens > 10 or shape_refusal(p.layer) is not None:
+        continue
+    weights = p.weights
+    if isinstance(weights, Bf16Weights):
+        weights = Bf16Weights(weights.w13.half(), weights.w2.half())
+    tensors = [t if t is None else t.clone() for t in weights.tensors()]
+    local = p.topk_ids if p.expert_map is None else p.expert_map[p.topk_ids.long()]
+    hit = local[(p.topk_ids >= 0) & (local >= 0)]
+    for expert in set(range(case.num_experts)) - set(hit.tolist()):
+        for t in tensors:
+            if t is not None and t.is_floating_point() and expert < len(t):
+                t[expert] = float("nan")
+    args = tensors, p.x.half(), p.topk_weights, p.topk_ids, p.expert_map
+    layer = replace(p.layer, dtype="float16")
+    kind = number % 3
+    deal = Few(
+        Part((4, 2, 16)[kind], 1 + number % 2, (16, 8, 32)[kind]),
+        Part((2, 4, 8)[kind], (3, 1, 4)[kind], (8, 16, 32)[kind]),
+        2,
+        1 + number % 2,
+    )
+    out = few.run(layer, *args, deal, on_gpu=False)
+    found = difference(out, p.reference.half() if case.integer else p.reference)
+    results[case.name] = [found.rel_l2, found.equal if case.integer else found.within(1e-3)]
+    if case.top_k == 2 and case.tokens == 7 and kind == 0 and case.layout == "unsharded":
+        layer = replace(layer, top_k=1, apply_router_weight_on_input=True)
+        first = p.topk_weights[:, :1], p.topk_ids[:, :1]
+        out = few.run(layer, weights.tensors(), p.x.half(), *first, None, deal, on_gpu=False)
+        layer = replace(layer, dtype="float32")
+        expected = ReferenceKernel().apply(layer, weights.tensors(), p.x.float(), *first, None)
+        found = difference(out, expected)
+        results["on input " + case.name] = [found.rel_l2, found.within(1e-3)]
+print(json.dumps(results))
+"""
+
 
 @pytest.mark.slow
 def test_device_code_in_the_interpreter():
@@ -91,6 +143,22 @@ def test_device_code_in_the_interpreter():
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.splitlines()[-1])
     assert len(results) > 120
+    assert {name: r for name, (r, ok) in results.items() if not ok} == {}
+
+
+@pytest.mark.slow
+def test_few_tokens_in_the_interpreter():
+    """Experts that no token hits hold NaN, and so does what is not written."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FEW],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads(result.stdout.splitlines()[-1])
+    assert len(results) > 70
     assert {name: r for name, (r, ok) in results.items() if not ok} == {}
 
 

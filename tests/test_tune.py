@@ -20,17 +20,20 @@ from moe_backend.activation import Activation
 from moe_backend.bench import measure
 from moe_backend.bench.shapes import SHAPES, Shape
 from moe_backend.cli import main
+from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import choose as chooser
 from moe_backend.kernels.hopper import kernel as hopper_kernel
 from moe_backend.kernels.hopper import methods, table, tiles
 from moe_backend.kernels.hopper.choose import choose
 from moe_backend.kernels.hopper.methods import candidates, combined, from_data, sound, to_data
 from moe_backend.kernels.hopper.table import Key, Row, Table, nearest, read, write
-from moe_backend.kernels.hopper.tiles import Prefill, Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Few, Part, Prefill, Tile, Tiles
 from moe_backend.kernels.reference import fused_experts
+from moe_backend.kernels.registry import Selection
 from moe_backend.tune import command, gpu
 from moe_backend.tune.gpu import GpuRunner
 from moe_backend.tune.loop import Checked, Lost, tune
+from moe_backend.verify.problems import Case, build
 
 GPU = "NVIDIA Straw 1"
 EP8 = SHAPES["step-3.5-ep8"]
@@ -86,7 +89,7 @@ def test_choices_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill"),
+        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill, few"),
         ({"down": {"m": 16}}, "choice.down.n is missing"),
         ({"down": 3}, "choice.down"),
         ({"depth": 3}, "depth"),
@@ -127,7 +130,7 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
 def test_candidates_are_a_step_away_unless_another_number_follows():
     found = candidates(LAYER, 64)
     for choice in found[1:]:
-        if isinstance(choice, Prefill):
+        if not isinstance(choice, Tiles):
             continue
         changed = methods.describe(choice, found[0]).split()
         assert len(changed) == 1 or any(c.startswith("down.k=") for c in changed)
@@ -146,6 +149,21 @@ def test_the_other_method_is_a_candidate(triton_version):
     assert many in candidates(LAYER, 64)
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
     assert not any(isinstance(c, Prefill) for c in candidates(LAYER, 8))  # too far away
+    few = tiles.choose(LAYER, 8)
+    assert isinstance(few, Few)
+    assert few in candidates(LAYER, 16)
+    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 8))
+    assert not any(isinstance(c, Few) for c in candidates(LAYER, 64))  # too many slots
+
+
+@pytest.mark.parametrize(
+    "change", [{"gate_up": Part(3, 4, 1)}, {"down": Part(32, 9, 1)}, {"per_sm": 0}, {"repeat": 17}]
+)
+def test_unsound_numbers_for_few_tokens(change):
+    choice = tiles.choose(LAYER, 8)
+    assert sound(LAYER, 8, choice)
+    assert not sound(LAYER, 64, choice)
+    assert not sound(LAYER, 8, replace(choice, **change))
 
 
 def test_a_compiler_that_cannot_is_not_asked(triton_version):
@@ -274,6 +292,19 @@ def test_activation_groups_are_those_of_the_choice(folders):
     assert "1 tuned rows" in kernel.preference(LAYER)
 
 
+def test_the_log_names_every_group_of_hidden_columns(folders):
+    problem = build(Case("fp8_block", LAYER.activation))
+    layer = replace(problem.layer, device="cuda")
+    fused = FusedMoE(problem.layer, problem.weights, kernel="reference")
+    fused.layer, fused.selection = layer, Selection(hopper_kernel.HopperKernel(), "asked for")
+    before = fused.describe()
+    assert "1x32" not in before
+    made = Table(GPU)
+    made.put(Key.of(layer), row(512))
+    put(folders[1], made)
+    assert "1x32" in fused.describe()
+
+
 BAD_ROWS = [
     {"tokens": 0}, {"tokens": "64"}, {"us": "fast"}, {"choice": {"method": "magic"}}, {"choice": 3},
     {"choice": {**to_data(TUNED), "gate_up": {**to_data(TUNED)["gate_up"], "k": 256}}}, {"more": 1},
@@ -384,7 +415,7 @@ def test_the_fastest_right_choice_is_kept():
 
 def test_what_improves_is_tried_together():
     def us(choice):
-        if isinstance(choice, Prefill):
+        if not isinstance(choice, Tiles):
             return 200.0
         return 100.0 - 10 * (choice.gate_up.stages == 4) - 10 * (choice.down.per_sm == 3)
 

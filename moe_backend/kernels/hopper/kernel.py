@@ -1,7 +1,7 @@
 """The host side of the Hopper kernels. Safe to capture in a CUDA graph.
 
-FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant);
-NVFP4 and bf16 weights meet bf16 activations.
+FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant),
+with few tokens bf16 ones, as NVFP4 and bf16 weights do always.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import prefill, tiled
+from moe_backend.kernels.hopper import few, prefill, tiled
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Prefill
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -104,6 +104,8 @@ def run(
         choice: another method or other tiles than the table's.
     """
     choice = choice or choose(layer, len(x))
+    if isinstance(choice, Few):
+        return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Prefill):
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.kernels.hopper import prefill, tiles
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Prefill, Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Few, Prefill, Tile, Tiles
 from moe_backend.kernels.registry import LayerConfig
 
 Choice = Any  # one of the `METHODS`' types
@@ -324,4 +324,42 @@ _PREFILL = Method(
     ),
 )
 
-METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL}
+
+# --- Few tokens -----------------------------------------------------------------------------------
+
+MOST_FEW_SLOTS = 256  # each program of the first launch looks through all of them
+
+
+def _check_few(layer: LayerConfig, tokens: int, choice: Few) -> None:
+    if tokens * layer.top_k > MOST_FEW_SLOTS:
+        raise ValueError(
+            f"{tokens} tokens have {tokens * layer.top_k} slots, at most {MOST_FEW_SLOTS} accepted"
+        )
+    for label, part in (("gate_up", choice.gate_up), ("down", choice.down)):
+        for name, low, high in (("lanes", 4, 32), ("warps", 1, 8)):
+            value = getattr(part, name)
+            if not low <= value <= high or value.bit_count() != 1:
+                raise ValueError(
+                    f"{label}.{name}: a power of two from {low} to {high} expected, {value} found"
+                )
+        if not 1 <= part.unroll <= 8:
+            raise ValueError(f"{label}.unroll: 1 to 8 expected, {part.unroll} found")
+    for name, high in (("per_sm", 32), ("repeat", 16)):
+        if not 1 <= getattr(choice, name) <= high:
+            raise ValueError(f"{name}: 1 to {high} expected, {getattr(choice, name)} found")
+
+
+_PART = {"lanes": (4, 8, 16, 32), "unroll": (1, 2, 3, 4, 5, 6, 8), "warps": (1, 2, 4)}
+_FEW = Method(
+    kind=Few,
+    check=_check_few,
+    ladders={
+        **{f"gate_up.{name}": ladder for name, ladder in _PART.items()},
+        **{f"down.{name}": ladder for name, ladder in _PART.items()},
+        "per_sm": (8, 12, 16, 24),
+        "repeat": (1, 2, 4, 8),
+    },
+    settle=lambda layer, choice: choice,
+)
+
+METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL, "few": _FEW}

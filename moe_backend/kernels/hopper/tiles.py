@@ -68,11 +68,81 @@ class Prefill:
         return 128, self.hidden
 
 
-Choice = Tiles | Prefill
+@dataclass(frozen=True)
+class Part:
+    """How one launch of matrix-vector products deals out its rows.
+
+    Attributes:
+        lanes: threads that share a weight row, each reading 16 bytes of it at a time; a power of
+            two up to 32.
+        unroll: such reads of two rows on their way at once.
+        warps: of a program.
+    """
+
+    lanes: int
+    unroll: int
+    warps: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of lanes in a program; each has a gate and an up row, or two rows of w2."""
+        return self.warps * 32 // self.lanes
+
+
+@dataclass(frozen=True)
+class Few:
+    """Matrix-vector products in two launches (`few.py`).
+
+    Attributes:
+        gate_up, down: of the two launches.
+        per_sm: programs of the first that share a multiprocessor; they take tiles in turn.
+        repeat: tiles of one token that a program of the second takes.
+    """
+
+    gate_up: Part
+    down: Part
+    per_sm: int
+    repeat: int = 1
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return None
+
+
+Choice = Tiles | Prefill | Few
+
+# Beyond so many tokens or slots, experts get enough tokens for the tiled GEMMs to win.
+FEW_TOKENS = 8
+FEW_SLOTS = 64
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
-    """Method and tiles for a call, by the average number of slots per expert."""
+    """The method for a call with this many tokens, and its numbers."""
+    if tokens <= FEW_TOKENS and tokens * layer.top_k <= FEW_SLOTS:
+        return few(layer, tokens)
+    return tiles(layer, tokens)
+
+
+def few(layer: LayerConfig, tokens: int) -> Few:
+    """How matrix-vector products deal out the rows of a layer.
+
+    A row's reads are all on their way at once where the registers hold them.
+    """
+    bits = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}[layer.format]
+    reads = cdiv(layer.hidden_size * bits // 8, 512)
+    first = Part(32, min(8, reads), 1)
+    reads = cdiv(layer.intermediate_size * bits // 8, 256)
+    # Rows of few reads: those of several slots together.
+    second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
+    slots = tokens * layer.top_k * layer.num_local_experts / layer.num_experts
+    if layer.format == Nvfp4Weights.name and slots >= 3:
+        # Enough rows for quartets of lanes, whose products are MMAs.
+        first, second = Part(4, 8, 1), Part(4, 8, 1)
+    return Few(first, second, 16, 1 if tokens <= 2 else 4)
+
+
+def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill:
+    """Tiled method and tiles for a call, by the average number of slots per expert."""
     slots = tokens * layer.top_k / layer.num_experts
     if layer.format == Fp8BlockWeights.name:
         return _fp8(layer, slots)
@@ -92,7 +162,7 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _fp8(layer: LayerConfig, slots: float) -> Choice:
+def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     # Gluon as `prefill_device.py` is written for it came with Triton 3.6.

@@ -1,0 +1,498 @@
+"""Device code for few tokens on Hopper: two launches of matrix-vector products.
+
+There is nothing to share between a handful of tokens, so there is no tile to bring to shared
+memory: each group of LANES threads multiplies two weight rows with one token's activations, straight
+from memory to registers in pieces of 16 bytes a thread, products and sums in fp32. FP8 codes are
+exact in fp32, NVFP4 codes times their block scale in bf16; activations are as they are (W8A16,
+W4A16). CUDA cores do it, but for NVFP4 in groups of four lanes, where an MMA saves most of the
+decoding.
+
+Every program reads the routing itself: there are few ids, and a launch costs more than they do.
+The second launch overlaps the first: its weights are on their way before it waits for the hidden
+columns. Sums are in a fixed order, with no atomics: repeated runs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate, _e2m1
+
+# Four bytes, each two e2m1 codes, to fp32: low nibbles to $0..$3, high ones to $4..$7. A code's
+# three low bits, put at bits 9..11 of an fp16, read as its magnitude times 2**-14, subnormal or
+# not. Nibbles j and j + 4 of the word lie at the same place of its two halves.
+_DECODE: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 s, m;
+    .reg .b16 l, h;
+    shl.b32 s, $8, 12;
+    shl.b32 m, $8, 9;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $0, l;
+    cvt.f32.f16 $2, h;
+    shl.b32 s, $8, 8;
+    shl.b32 m, $8, 5;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $4, l;
+    cvt.f32.f16 $6, h;
+    shl.b32 s, $8, 4;
+    shl.b32 m, $8, 1;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, s, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $1, l;
+    cvt.f32.f16 $3, h;
+    shr.b32 m, $8, 3;
+    and.b32 m, m, 0x0E000E00;
+    lop3.b32 m, $8, 0x80008000, m, 0xEA;
+    mov.b32 {l, h}, m;
+    cvt.f32.f16 $5, l;
+    cvt.f32.f16 $7, h;
+    }
+    """
+)
+
+# Four bytes of a row ($4) and four of another ($5), 8 columns of NVFP4 each, times activations
+# ($6..$9, two a word), added to the accumulators of an m16n8k16 MMA whose rows 0..7 are the first
+# row of eight lane quartets and rows 8..15 the second. Codes become bf16 times their block scale
+# ($10, $12; as in `device._DECODE`); a pair is nibbles j and j + 4. All eight columns of the second
+# operand are the one token, so every lane ends up with the sums of its quartet.
+_MMA: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 v, g0, g1, g2, g3, u0, u1, u2, u3, b0, b1, b2, b3;
+    and.b32 g0, $4, 0x000F000F;
+    and.b32 g1, $4, 0x00F000F0;
+    shr.b32 v, $4, 8;
+    and.b32 g2, v, 0x000F000F;
+    and.b32 g3, v, 0x00F000F0;
+    mul.lo.u32 g0, g0, 0x1040;
+    mul.lo.u32 g1, g1, 0x0104;
+    mul.lo.u32 g2, g2, 0x1040;
+    mul.lo.u32 g3, g3, 0x0104;
+    and.b32 g0, g0, 0x81C081C0;
+    and.b32 g1, g1, 0x81C081C0;
+    and.b32 g2, g2, 0x81C081C0;
+    and.b32 g3, g3, 0x81C081C0;
+    mul.rn.bf16x2 g0, g0, $10;
+    mul.rn.bf16x2 g1, g1, $10;
+    mul.rn.bf16x2 g2, g2, $10;
+    mul.rn.bf16x2 g3, g3, $10;
+    and.b32 u0, $5, 0x000F000F;
+    and.b32 u1, $5, 0x00F000F0;
+    shr.b32 v, $5, 8;
+    and.b32 u2, v, 0x000F000F;
+    and.b32 u3, v, 0x00F000F0;
+    mul.lo.u32 u0, u0, 0x1040;
+    mul.lo.u32 u1, u1, 0x0104;
+    mul.lo.u32 u2, u2, 0x1040;
+    mul.lo.u32 u3, u3, 0x0104;
+    and.b32 u0, u0, 0x81C081C0;
+    and.b32 u1, u1, 0x81C081C0;
+    and.b32 u2, u2, 0x81C081C0;
+    and.b32 u3, u3, 0x81C081C0;
+    mul.rn.bf16x2 u0, u0, $12;
+    mul.rn.bf16x2 u1, u1, $12;
+    mul.rn.bf16x2 u2, u2, $12;
+    mul.rn.bf16x2 u3, u3, $12;
+    prmt.b32 b0, $6, $8, 0x5410;
+    prmt.b32 b1, $6, $8, 0x7632;
+    prmt.b32 b2, $7, $9, 0x5410;
+    prmt.b32 b3, $7, $9, 0x7632;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {g0, u0, g1, u1}, {b0, b1}, {$14, $15, $16, $17};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {g2, u2, g3, u3}, {b2, b3}, {$0, $1, $2, $3};
+    }
+    """
+)
+
+
+@triton.jit
+def _local_slots(ids, expert_map, first, num, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr):
+    """Of `num` slots from `first`: `(key, number, count)`.
+
+    `number` is the running number of a local slot (-1 of a dropped one), `count` their number,
+    `key` the slot (from 0) times 2**16 plus its local expert.
+    """
+    slot = tl.arange(0, SLOTS)
+    expert = tl.load(ids + first + slot, mask=slot < num, other=-1)
+    if HAS_MAP:
+        expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+    local = (expert >= 0).to(tl.int32)
+    number = tl.where(expert >= 0, tl.cumsum(local, 0) - 1, -1)
+    return slot * 65536 + expert, number, tl.sum(local, 0)
+
+
+@triton.jit
+def _take(key, number, wanted):
+    """Slot and local expert with the running number `wanted`; zeros where there is none."""
+    found = tl.sum(tl.where(number == wanted, key, 0), 0)
+    return found // 65536, (found % 65536).to(tl.int64)
+
+
+@triton.jit
+def _halves(pair, HALF: tl.constexpr):
+    """Even (low) and odd columns of pairs of 16-bit numbers in one word, in fp32."""
+    if HALF:
+        even = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        even = (pair << 16).to(tl.float32, bitcast=True)
+        odd = (pair & -65536).to(tl.float32, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+def _quarters(piece, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """`[GROUPS, LANES, 16]` as four of `[GROUPS, LANES, 4]`, all in the same threads."""
+    low, high = tl.split(tl.reshape(piece, (GROUPS, LANES, 4, 2, 2)))
+    a, b = tl.split(low)
+    c, d = tl.split(high)
+    return a, b, c, d
+
+
+@triton.jit
+def _add_products(
+    acc,
+    w,
+    x,
+    scale,
+    FORMAT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """`acc` `[GROUPS, LANES, 4]` plus the products of each thread's piece, times its scale.
+
+    `w` are codes, NVFP4 two a byte; `x` activations, with NVFP4 two a word. Sums are chains of
+    four: one instruction a product.
+    """
+    if FORMAT == BF16:
+        w0, w1 = tl.split(tl.reshape(w.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        x0, x1 = tl.split(tl.reshape(x.to(tl.float32), (GROUPS, LANES, 4, 2)))
+        acc += w0 * x0
+        acc += w1 * x1
+    elif FORMAT == FP8_BLOCK:
+        w0, w1, w2, w3 = _quarters(w.to(tl.float32), GROUPS, LANES)
+        x0, x1, x2, x3 = _quarters(x.to(tl.float32), GROUPS, LANES)
+        acc += (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3) * scale[:, :, None]
+    else:
+        if PTX:
+            even, odd = tl.inline_asm_elementwise(
+                _DECODE, "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
+                dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            even = _e2m1(w & 15, tl.float32) * 0.00006103515625
+            odd = _e2m1(w >> 4, tl.float32) * 0.00006103515625
+        x_even, x_odd = _halves(x, HALF)
+        # Bytes 0..7 share one scale, bytes 8..15 the next: they must stay apart in the last axis.
+        e0, e1 = tl.split(tl.reshape(even, (GROUPS, LANES, 2, 4, 2)))
+        o0, o1 = tl.split(tl.reshape(odd, (GROUPS, LANES, 2, 4, 2)))
+        a0, a1 = tl.split(tl.reshape(x_even, (GROUPS, LANES, 2, 4, 2)))
+        b0, b1 = tl.split(tl.reshape(x_odd, (GROUPS, LANES, 2, 4, 2)))
+        # The decoder's results are 2**-14 times what they stand for.
+        part = e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1
+        part *= tl.reshape(scale * 16384.0, (GROUPS, LANES, 2, 1))
+        acc += tl.sum(part, 2)
+    return acc
+
+
+@triton.jit
+def _spread(scale, GROUPS: tl.constexpr):
+    """Two NVFP4 scales a lane as one a byte, in bf16 and times what `_MMA` wants."""
+    spread = (scale * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
+    return tl.reshape(tl.broadcast_to(spread[:, :, None], (GROUPS, 8, 8)), (GROUPS, 64))
+
+
+@triton.jit
+def _add_pair(
+    acc,
+    other,
+    w,
+    v,
+    x,
+    scale_w,
+    scale_v,
+    FORMAT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    MMA: tl.constexpr,
+):
+    """Products of two rows a group, `w` and `v`, with the same activations, added to their sums."""
+    if MMA:
+        acc = tl.inline_asm_elementwise(
+            _MMA, "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,f,f,f,f",
+            [w, v, x, _spread(scale_w, GROUPS), _spread(scale_v, GROUPS), acc],
+            dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        acc = _add_products(acc, w, x, scale_w, FORMAT, GROUPS, LANES, PTX, HALF)
+        other = _add_products(other, v, x, scale_v, FORMAT, GROUPS, LANES, PTX, HALF)
+    return acc, other
+
+
+@triton.jit
+def _totals(acc, other, GROUPS: tl.constexpr, MMA: tl.constexpr):
+    """`[GROUPS]` sums of the first and of the second rows."""
+    if MMA:
+        # Each lane has its quartet's sums: two columns (the same) of the first row and the second.
+        column, _ = tl.split(tl.reshape(acc, (GROUPS, 4, 2, 2)))
+        first, second = tl.split(column)
+        total = tl.sum(first, 1) * 64.0  # 2**8 for the decoder, / 4 for the lanes
+        other_total = tl.sum(second, 1) * 64.0
+    else:
+        total = tl.sum(tl.sum(acc, 2), 1)
+        other_total = tl.sum(tl.sum(other, 2), 1)
+    return total, other_total
+
+
+@triton.jit
+def _scale(
+    base,
+    row,
+    inside,
+    column,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Scales of the pieces that begin at `column` of `row` (`[GROUPS]`); 0 outside."""
+    if FORMAT == FP8_BLOCK:
+        at = row // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
+        lane = column + tl.arange(0, LANES) * 16
+        mask = inside[:, None] & (lane < K)[None, :]
+        scale = tl.load(base + at[:, None] + (lane // SCALE_K)[None, :], mask=mask, other=0.0)
+    elif FORMAT == NVFP4:
+        group = column // 16 + tl.arange(0, 2 * LANES)
+        mask = inside[:, None] & (group < K // 16)[None, :]
+        where = base + row.to(tl.int64)[:, None] * (K // 16) + group[None, :]
+        scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gate_up_kernel(
+    x,
+    w13,
+    w13_scale,
+    w13_global,
+    topk_weights,
+    ids,
+    expert_map,
+    hidden,
+    limit,
+    alpha,
+    beta,
+    num_slots,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    MMA: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`hidden[slot] = act(gate, up)`: GROUPS hidden columns of one local slot a tile."""
+    if PDL:
+        gdc_launch_dependents()
+    PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16  # elements (bytes of NVFP4) in 16 bytes
+    PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
+    WIDTH: tl.constexpr = H // PACKED
+    CHUNK: tl.constexpr = LANES * PIECE
+    BLOCKS: tl.constexpr = (I + GROUPS - 1) // GROUPS
+    scale_rows = (I + SCALE_N - 1) // SCALE_N
+    scale_columns = (H + SCALE_K - 1) // SCALE_K
+    key, number, count = _local_slots(ids, expert_map, 0, num_slots, HAS_MAP, SLOTS)
+    group = tl.arange(0, GROUPS)
+    # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
+    piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
+    for t in range(tl.program_id(0), count * BLOCKS, tl.num_programs(0)):
+        slot, e = _take(key, number, t // BLOCKS)
+        token = slot // TOP_K
+        i = t % BLOCKS * GROUPS + group
+        inside = i < I
+        row = x + token.to(tl.int64) * WIDTH
+        gate_row = w13 + e * (2 * I * WIDTH) + i[:, None] * WIDTH
+        up_row = gate_row + I * WIDTH
+        gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
+        up_scale = gate_scale + scale_rows * scale_columns
+        gate = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+        up = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        for first in range(0, WIDTH, CHUNK * UNROLL):
+            gates = ()
+            ups = ()
+            gate_scales = ()
+            up_scales = ()
+            for u in tl.static_range(UNROLL):
+                column = first + u * CHUNK + piece
+                k = (first + u * CHUNK) * PACKED
+                mask = inside[:, None] & (column < WIDTH)
+                gates += (tl.load(gate_row + column, mask=mask, other=ZERO),)
+                ups += (tl.load(up_row + column, mask=mask, other=ZERO),)
+                sg = _scale(
+                    gate_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                su = _scale(
+                    up_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                gate_scales += (sg,)
+                up_scales += (su,)
+            # The assembler would move loads down to where their values are used.
+            tl.debug_barrier()
+            for u in tl.static_range(UNROLL):
+                column = first + u * CHUNK + piece
+                a = tl.load(row + column, mask=column < WIDTH, other=ZERO)
+                gate, up = _add_pair(
+                    gate, up, gates[u], ups[u], a, gate_scales[u], up_scales[u],
+                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
+                )  # fmt: skip
+        if MMA:
+            gate = tl.sum(tl.reshape(gate, (GROUPS, 4, 4, 4)), 2)
+        gate_sum, up_sum = _totals(gate, up, GROUPS, MMA)
+        if FORMAT == NVFP4:
+            gate_sum *= tl.load(w13_global + e * 2)
+            up_sum *= tl.load(w13_global + e * 2 + 1)
+        if WEIGHT_ON_INPUT:
+            weight = tl.load(topk_weights + slot)
+            gate_sum *= weight
+            up_sum *= weight
+        h = _activate(gate_sum, up_sum, limit, alpha, beta, ACTIVATION)
+        tl.store(hidden + slot * I + i, h.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def down_kernel(
+    hidden,
+    w2,
+    w2_scale,
+    w2_global,
+    topk_weights,
+    ids,
+    expert_map,
+    out,
+    programs,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
+    MMA: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`out[token]`: 2 * GROUPS columns a tile, summed over the token's local slots in order of k.
+
+    The tiles of a token are dealt to `programs` programs.
+    The routing was complete before the first launch began, so it and the weights that it names may
+    be read before the wait for the hidden columns.
+    """
+    PIECE: tl.constexpr = 8 if FORMAT == BF16 else 16
+    PACKED: tl.constexpr = 2 if FORMAT == NVFP4 else 1
+    ZERO: tl.constexpr = 0 if FORMAT == NVFP4 else 0.0
+    WIDTH: tl.constexpr = I // PACKED
+    CHUNK: tl.constexpr = LANES * PIECE
+    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    BLOCKS: tl.constexpr = (H + 2 * GROUPS - 1) // (2 * GROUPS)
+    scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
+    token = tl.program_id(0) // programs
+    key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
+    # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
+    piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
+    for block in range(tl.program_id(0) % programs, BLOCKS, programs):
+        n = block * (2 * GROUPS) + tl.arange(0, GROUPS)
+        m = n + GROUPS
+        acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        other = tl.zeros((GROUPS, LANES, 4), tl.float32)
+        for first in range(0, count * CHUNKS, UNROLL):
+            codes = ()
+            other_codes = ()
+            scales = ()
+            other_scales = ()
+            factors = ()
+            for u in tl.static_range(UNROLL):
+                k, e = _take(key, number, (first + u) // CHUNKS)
+                used = first + u < count * CHUNKS
+                start = (first + u) % CHUNKS * CHUNK
+                rows = tl.where(used, H, 0)
+                column = start + piece
+                row = w2 + e * (H * WIDTH) + column
+                mask = (n < rows)[:, None] & (column < WIDTH)
+                other_mask = (m < rows)[:, None] & (column < WIDTH)
+                codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
+                other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
+                scale = w2_scale + e * scale_elements
+                s = _scale(
+                    scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                o = _scale(
+                    scale, m, m < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                )  # fmt: skip
+                scales += (s,)
+                other_scales += (o,)
+                factor = 1.0
+                if not WEIGHT_ON_INPUT:
+                    factor = tl.load(topk_weights + token * TOP_K + k, mask=used, other=0.0)
+                if FORMAT == NVFP4:
+                    factor *= tl.load(w2_global + e, mask=used, other=0.0)
+                factors += (factor,)
+            if PDL:
+                gdc_wait()
+            for u in tl.static_range(UNROLL):
+                k, _ = _take(key, number, (first + u) // CHUNKS)
+                used = first + u < count * CHUNKS
+                slot = token * TOP_K + k
+                column = (first + u) % CHUNKS * CHUNK + piece
+                width = tl.where(used, WIDTH, 0)
+                a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
+                zero = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+                other_zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
+                part, other_part = _add_pair(
+                    zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
+                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
+                )  # fmt: skip
+                if MMA:
+                    part = tl.sum(tl.reshape(part, (GROUPS, 4, 4, 4)), 2)
+                acc += part * factors[u]
+                other += other_part * factors[u]
+        if PDL:
+            gdc_wait()  # this launch must not end before the first, also where nothing is local
+        total, other_total = _totals(acc, other, GROUPS, MMA)
+        where = out + token.to(tl.int64) * H
+        tl.store(where + n, total.to(out.dtype.element_ty), mask=n < H)
+        tl.store(where + m, other_total.to(out.dtype.element_ty), mask=m < H)
