@@ -1,7 +1,7 @@
 """The host side of the Hopper kernels. Safe to capture in a CUDA graph.
 
-FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant);
-NVFP4 and bf16 weights meet bf16 activations.
+FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant),
+with few tokens bf16 ones, as NVFP4 and bf16 weights do always.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Part:
     Attributes:
         lanes: threads that share a weight row, each reading 16 bytes of it at a time; a power of
             two up to 32.
-        unroll: such reads of a row (of two rows in the first launch) on their way at once.
+        unroll: such reads of two rows on their way at once.
         warps: of a program.
     """
 
@@ -85,7 +85,7 @@ class Part:
 
     @property
     def groups(self) -> int:
-        """Rows that a program works on at once."""
+        """Groups of lanes in a program; each has a gate and an up row, or two rows of w2."""
         return self.warps * 32 // self.lanes
 
 
