@@ -1,11 +1,11 @@
 """Device code for few tokens on Hopper: two launches of matrix-vector products.
 
 There is nothing to share between a handful of tokens, so there is no tile to bring to shared
-memory: each group of LANES threads multiplies two weight rows with one token's activations, straight
-from memory to registers in pieces of 16 bytes a thread, products and sums in fp32. FP8 codes are
-exact in fp32, NVFP4 codes times their block scale in bf16; activations are as they are (W8A16,
-W4A16). CUDA cores do it, but for NVFP4 in groups of four lanes, where an MMA saves most of the
-decoding.
+memory: each group of LANES threads multiplies two weight rows with one token's activations,
+straight from memory to registers in pieces of 16 bytes a thread, products and sums in fp32. FP8
+codes are exact in fp32, NVFP4 codes times their block scale in bf16; activations are as they are
+(W8A16, W4A16). CUDA cores do it, but for NVFP4 in groups of four lanes, where an MMA saves most of
+the decoding.
 
 Every program reads the routing itself: there are few ids, and a launch costs more than they do.
 The second launch overlaps the first: its weights are on their way before it waits for the hidden
