@@ -1,4 +1,4 @@
-"""The command `moe-backend`: doctor, verify, inspect, convert, bench."""
+"""The command `moe-backend`: doctor, verify, inspect, convert, bench, tune."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_inspect(commands)
     _add_convert(commands)
     _add_bench(commands)
+    _add_tune(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -205,10 +206,6 @@ def _add_convert(commands: Any) -> None:
     parser.set_defaults(run=run_convert)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
-
-
 # --- bench ----------------------------------------------------------------------------------------
 
 
@@ -220,3 +217,21 @@ def _add_bench(commands: Any) -> None:
     )
     add_bench_arguments(parser)
     parser.set_defaults(run=run_bench)
+
+
+# --- tune -----------------------------------------------------------------------------------------
+
+
+def _add_tune(commands: Any) -> None:
+    from moe_backend.tune.command import add_tune_arguments, run_tune
+
+    parser = commands.add_parser(
+        "tune",
+        help="measure which tiles are fastest for a model's experts on this GPU, and keep it",
+    )
+    add_tune_arguments(parser)
+    parser.set_defaults(run=run_tune)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -111,7 +111,7 @@ class FusedMoE:
         groups = [kernel.activation_groups(layer, 2**n) for n in range(21)]
         activations = kernel.activations if None in groups else ""
         if quantised := [g for g in groups if g is not None]:
-            hidden = dict.fromkeys((f"1x{quantised[0][1]}", f"1x{quantised[-1][1]}"))
+            hidden = dict.fromkeys(f"1x{columns}" for _, columns in quantised)  # as tokens grow
             activations += " with few tokens, else " if activations else ""
             activations += f"fp8 1x{quantised[0][0]}, hidden {' to '.join(hidden)}"
         experts = f"{layer.num_local_experts}/{layer.num_experts} experts"

@@ -30,6 +30,15 @@ from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import build, cases
 from moe_backend.verify.run import expected
 
+unwritten = torch.empty
+
+
+def poisoned(*shape, **options):
+    made = unwritten(*shape, **options)
+    return made.fill_(float("nan")) if made.is_floating_point() else made
+
+
+torch.empty = poisoned  # columns that pad the hidden ones are read
 results = {}
 for number, case in enumerate(cases()):
     if case.tokens > 10 or case.hidden_size > 256:

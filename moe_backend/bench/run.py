@@ -67,12 +67,12 @@ class Bench:
             for t, given in inputs.items()
         }  # fmt: skip
         self._ours(shape, weights, inputs, rows)
-        results = self._rivals_on(shape, routing, weights, inputs)
-        _fill(rows, results, "")
+        if shape.stored == "padded":
+            _fill(rows, self._rivals_on(shape, routing, weights, inputs), "")
         if shape.rivals_of is not None:
             del weights, inputs
             free()
-            _fill(rows, self._rivals_on(shape.rivals_of, routing), " (padded)")
+            _fill(rows, self._rivals_on(shape.rivals_of, routing), f" ({shape.stored})")
         return list(rows.values())
 
     def _inputs(self, shape: Shape, weights: Weights, routing: str) -> dict[int, Inputs]:
@@ -143,7 +143,7 @@ def choice_of(kernel: Kernel, layer: LayerConfig, tokens: int) -> str:
     """What our kernel does for so many tokens; empty where it has one way only."""
     if kernel.name != "hopper":
         return ""
-    from moe_backend.kernels.hopper.tiles import choose
+    from moe_backend.kernels.hopper.choose import choose
 
     return str(choose(layer, tokens))
 

@@ -23,33 +23,57 @@ from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate,
 
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 
-# Four bytes, each two e2m1 codes of one row, to bf16 times the scale of each byte: low nibbles to
-# $0 and $1, high ones to $2 and $3. A code's three low bits, put at bits 6..8 of a bf16, read as
-# its magnitude times 2**-126, subnormal or not; the scales carry 2**118 and the caller the rest.
+# Four bytes of a row, eight e2m1 codes, to bf16 times the scale of their group, $9: the low nibbles
+# of bytes 0, 2, 1, 3 to $0..$3, the high ones to $4..$7. A product puts a code's sign at bit 15 and
+# its three other bits at 6..8 of a bf16, where they read as its magnitude times 2**-126, subnormal
+# or not; the scales carry 2**118 and the caller the rest. Multiplied, not shifted: shifts and logic
+# share one pipe of half the rate, which is what bounds the decoder.
 _DECODE: tl.constexpr = tl.constexpr(
     """
     {
-    .reg .b32 a, b, s, m;
-    prmt.b32 a, $4, 0, 0x1404;
-    prmt.b32 b, $4, 0, 0x3424;
-    shl.b32 s, a, 4;
-    shr.b32 m, a, 2;
-    and.b32 m, m, 0x01C001C0;
-    lop3.b32 m, s, 0x80008000, m, 0xEA;
-    mul.rn.bf16x2 $0, m, $5;
-    shl.b32 s, b, 4;
-    shr.b32 m, b, 2;
-    and.b32 m, m, 0x01C001C0;
-    lop3.b32 m, s, 0x80008000, m, 0xEA;
-    mul.rn.bf16x2 $1, m, $6;
-    shr.b32 m, a, 6;
-    and.b32 m, m, 0x01C001C0;
-    lop3.b32 m, a, 0x80008000, m, 0xEA;
-    mul.rn.bf16x2 $2, m, $5;
-    shr.b32 m, b, 6;
-    and.b32 m, m, 0x01C001C0;
-    lop3.b32 m, b, 0x80008000, m, 0xEA;
-    mul.rn.bf16x2 $3, m, $6;
+    .reg .b32 c, h;
+    .reg .b32 s;
+    mov.b32 s, {$9, $9};
+    and.b32 c, $8, 0x000F000F;
+    mul.lo.u32 c, c, 0x1040;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, s;
+    mov.b32 {$0, $1}, c;
+    and.b32 c, $8, 0x00F000F0;
+    mul.lo.u32 c, c, 0x104;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, s;
+    mov.b32 {$4, $5}, c;
+    shr.b32 h, $8, 8;
+    and.b32 c, h, 0x000F000F;
+    mul.lo.u32 c, c, 0x1040;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, s;
+    mov.b32 {$2, $3}, c;
+    and.b32 c, h, 0x00F000F0;
+    mul.lo.u32 c, c, 0x104;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, s;
+    mov.b32 {$6, $7}, c;
+    }
+    """
+)
+
+# Four e4m3 scales, none negative, to bf16 times 2**118: their bits four to the left are bf16 times
+# 2**-120, subnormal or not.
+_DECODE_SCALES: tl.constexpr = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, f;
+    mov.b32 f, 0x7B007B00;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    shl.b32 a, a, 4;
+    shl.b32 b, b, 4;
+    mul.rn.bf16x2 a, a, f;
+    mul.rn.bf16x2 b, b, f;
+    mul.rn.bf16x2 $0, a, f;
+    mul.rn.bf16x2 $1, b, f;
     }
     """
 )
@@ -59,13 +83,14 @@ _DECODE: tl.constexpr = tl.constexpr(
 def _nvfp4_position(k):
     """Where column `k` of an NVFP4 operand lies among the columns that the MMA sees.
 
-    In each block of 256 columns the even ones (low nibbles) come first. Of 16 bytes, thread t of
-    four reads 4t..4t+3, and the MMA takes them from it as columns 2t, 2t+1, 2t+8, 2t+9.
+    Of 128 bytes, 256 columns, thread t of four reads 32t..32t+31, with four whole groups of scales.
+    The low nibbles of each four of them come to it as columns 2t, 2t+1, 2t+8, 2t+9 of 16, in the
+    order of bytes 0, 2, 1, 3; the high ones 128 columns further on.
     """
     byte = (k % 256) // 2
     return (
-        (k // 256) * 256 + (k % 2) * 128 + (byte // 16) * 16
-        + (byte % 4) // 2 * 8 + (byte % 16) // 4 * 2 + byte % 2
+        (k // 256) * 256 + (k % 2) * 128 + (byte % 32) // 4 * 16
+        + byte % 2 * 8 + byte // 32 * 2 + (byte % 4) // 2
     )  # fmt: skip
 
 
@@ -73,7 +98,7 @@ def _nvfp4_position(k):
 def _nvfp4_column(position):
     """The inverse of `_nvfp4_position`."""
     p = position % 128
-    byte = p // 16 * 16 + (p % 8) // 2 * 4 + (p % 16) // 8 * 2 + p % 2
+    byte = (p % 8) // 2 * 32 + p // 16 * 4 + p % 2 * 2 + (p % 16) // 8
     return position // 256 * 256 + 2 * byte + (position % 256) // 128
 
 
@@ -178,24 +203,39 @@ def _step_of_rows(rows, column, valid, K):
 
 @triton.jit
 def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE: tl.constexpr):
-    """`[ROWS, 128]` bytes and `[ROWS, 16]` e4m3 scales as bf16 operands for even and odd columns.
+    """`[ROWS, 32]` words and `[ROWS, 16]` e4m3 scales as bf16 operands for even and odd columns.
 
     Columns are in the order of `_nvfp4_position`, values 2**-8 times what they stand for.
     """
     if PTX:
-        spread = (scale.to(tl.float32) * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
-        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 8)).reshape(ROWS, 128)
-        even, odd = tl.inline_asm_elementwise(
-            _DECODE, "=r,=r,=r,=r,r,r,r", [packed, spread],
-            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        spread = tl.inline_asm_elementwise(
+            _DECODE_SCALES, "=r,=r,r", [scale.to(tl.uint8, bitcast=True)],
+            dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 2)).reshape(ROWS, 32)
+        e0, e2, e1, e3, o0, o2, o1, o3 = tl.inline_asm_elementwise(
+            _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [packed, spread],
+            dtype=(
+                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+            ),
+            is_pure=True, pack=1,
         )  # fmt: skip
     else:
         spread = scale.to(tl.float32) * 0.00390625
-        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 8)).reshape(ROWS, 128)
-        even = (_e2m1(packed & 15, tl.float32) * spread).to(COMPUTE)
-        odd = (_e2m1(packed >> 4, tl.float32) * spread).to(COMPUTE)
-    even = even.reshape(ROWS, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, 128)
-    odd = odd.reshape(ROWS, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, 128)
+        spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 2)).reshape(ROWS, 32)
+        e0 = (_e2m1(packed, tl.float32) * spread).to(COMPUTE)
+        o0 = (_e2m1(packed >> 4, tl.float32) * spread).to(COMPUTE)
+        e1 = (_e2m1(packed >> 8, tl.float32) * spread).to(COMPUTE)
+        o1 = (_e2m1(packed >> 12, tl.float32) * spread).to(COMPUTE)
+        e2 = (_e2m1(packed >> 16, tl.float32) * spread).to(COMPUTE)
+        o2 = (_e2m1(packed >> 20, tl.float32) * spread).to(COMPUTE)
+        e3 = (_e2m1(packed >> 24, tl.float32) * spread).to(COMPUTE)
+        o3 = (_e2m1(packed >> 28, tl.float32) * spread).to(COMPUTE)
+    even = tl.join(tl.join(e0, e1), tl.join(e2, e3))  # bytes 0, 2, 1, 3
+    odd = tl.join(tl.join(o0, o1), tl.join(o2, o3))
+    even = even.reshape(ROWS, 4, 8, 2, 2).permute(0, 2, 3, 1, 4).reshape(ROWS, 128)
+    odd = odd.reshape(ROWS, 4, 8, 2, 2).permute(0, 2, 3, 1, 4).reshape(ROWS, 128)
     return even, odd
 
 
@@ -318,8 +358,8 @@ def gate_up_kernel(
                 s_row = w13_scale + ((e * 2 + up_row).to(tl.int64) * I + i)[:, None] * scale_columns
                 half = tl.arange(0, 128)
                 for step in tl.range(0, steps, num_stages=STAGES):
-                    packed = w13.load([e, block * (BLOCK_I // 8), 0, 0, step * 128]).reshape(
-                        ROWS, 128
+                    packed = w13.load([e, block * (BLOCK_I // 8), 0, 0, step * 32]).reshape(
+                        ROWS, 32
                     )
                     g = step * 16 + group
                     scale = tl.load(
@@ -353,11 +393,21 @@ def gate_up_kernel(
             h = h / scale[None, :]
             tl.store(hidden_scale + m * blocks + block, scale, mask=valid)
         where = _nvfp4_position(n) if FORMAT == NVFP4 else n
+        row_of = hidden + m.to(tl.int64)[:, None] * hidden_width
         tl.store(
-            hidden + m.to(tl.int64)[:, None] * hidden_width + where[None, :],
+            row_of + where[None, :],
             tl.trans(h.to(hidden.dtype.element_ty)),
             mask=valid[:, None] & (n < I)[None, :],
         )
+        if FORMAT == NVFP4 and block == blocks - 1:
+            # The second GEMM reads whole blocks of 256 columns.
+            for first in range(I, hidden_width, BLOCK_I):
+                n = first + tl.arange(0, BLOCK_I)
+                tl.store(
+                    row_of + _nvfp4_position(n)[None, :],
+                    tl.zeros((BLOCK_M, BLOCK_I), hidden.dtype.element_ty),
+                    mask=valid[:, None] & (n < hidden_width)[None, :],
+                )
 
 
 @triton.jit
@@ -437,22 +487,16 @@ def down_kernel(
             s_row = w2_scale + (e.to(tl.int64) * H + n)[:, None] * scale_columns
             half = tl.arange(0, 128)
             for step in tl.range(0, steps, num_stages=STAGES):
-                packed = w2.load([e, block * BLOCK_H, step * 128]).reshape(BLOCK_H, 128)
+                packed = w2.load([e, block * BLOCK_H, step * 32]).reshape(BLOCK_H, 32)
                 g = step * 16 + group
                 scale = tl.load(
                     s_row + g[None, :],
                     mask=inside[:, None] & (g < scale_columns)[None, :], other=0.0,
                 )  # fmt: skip
-                # Columns past the end were never written.
-                p = step * 256 + half
-                x_even = tl.load(
-                    x_row + p[None, :],
-                    mask=valid[:, None] & (_nvfp4_column(p) < I)[None, :], other=0.0,
-                )  # fmt: skip
+                x_even = tl.load(x_row + (step * 256 + half)[None, :], valid[:, None], other=0.0)
                 x_odd = tl.load(
-                    x_row + (p + 128)[None, :],
-                    mask=valid[:, None] & (_nvfp4_column(p + 128) < I)[None, :], other=0.0,
-                )  # fmt: skip
+                    x_row + (step * 256 + 128 + half)[None, :], valid[:, None], other=0.0
+                )
                 even, odd = _decode_nvfp4(packed, scale, BLOCK_H, PTX, hidden.dtype.element_ty)
                 acc = tl.dot(even, tl.trans(x_even), acc)
                 acc = tl.dot(odd, tl.trans(x_odd), acc)

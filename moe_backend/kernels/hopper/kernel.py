@@ -13,7 +13,8 @@ import torch
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.hopper import few, prefill, tiled
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, choose
+from moe_backend.kernels.hopper.choose import choose, tuned_rows
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -24,7 +25,7 @@ MAX_EXPERTS = 1024  # one program holds the schedule of all local experts in reg
 
 
 class HopperKernel:
-    """The methods of this folder behind the registry; `tiles.choose` says which one runs a call."""
+    """The methods of this folder behind the registry; `choose` says which one runs a call."""
 
     name = "hopper"
     graph_safe = True
@@ -40,10 +41,13 @@ class HopperKernel:
         return shape_refusal(layer)
 
     def preference(self, layer: LayerConfig) -> str:
-        return "fastest on Hopper of the kernels here"
+        rows = tuned_rows(layer)
+        tuned = f", {rows} tuned rows" if rows else ""
+        return f"fastest on Hopper of the kernels here{tuned}"
 
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
-        return choose(layer, tokens).activation_groups(layer)
+        slice_of_call = min(tokens, slice_tokens(layer, PARTIAL_ELEMENTS))
+        return choose(layer, slice_of_call).activation_groups(layer)
 
     def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
         most = min(max_tokens, slice_tokens(layer, PARTIAL_ELEMENTS))

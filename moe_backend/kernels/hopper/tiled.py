@@ -137,6 +137,7 @@ def _w13_view(w13: torch.Tensor, tile: Tile) -> Any:
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    w13 = _elements(w13)
     e, rows, width = w13.shape
     i = rows // 2
     if tile.split:
@@ -155,12 +156,18 @@ def _w2_view(w2: torch.Tensor, tile: Tile) -> Any:
     """`w2` for the tensor memory accelerator."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    w2 = _elements(w2)
     return TensorDescriptor(w2, list(w2.shape), list(w2.stride()), [1, tile.n, _columns(w2, tile)])
 
 
+def _elements(weight: torch.Tensor) -> torch.Tensor:
+    """NVFP4 codes in words of eight, as their decoder takes them."""
+    return weight.view(torch.int32) if weight.dtype == torch.uint8 else weight
+
+
 def _columns(weight: torch.Tensor, tile: Tile) -> int:
-    """Elements of a row that a step reads: two NVFP4 codes share a byte."""
-    return tile.k // 2 if weight.dtype == torch.uint8 else tile.k
+    """Elements of a row that a step reads."""
+    return tile.k // 8 if weight.dtype == torch.int32 else tile.k
 
 
 def _scale_shape(layer: LayerConfig, scale: torch.Tensor, parts: int) -> tuple[int, int]:

@@ -66,7 +66,9 @@ def variants_missing(call: Callable[[], None]) -> set[Variant]:
     return missing
 
 
-def compile_variants(calls: Sequence[Callable[[], None]], deadline: float) -> int:
+def compile_variants(
+    calls: Sequence[Callable[[], None]], deadline: float, threads: int | None = None
+) -> int:
     """Compile what the calls need, many at a time, until `time.monotonic()` passes the deadline.
 
     An error of the compiler is left for the call that needs the variant. What is being compiled at
@@ -85,7 +87,7 @@ def compile_variants(calls: Sequence[Callable[[], None]], deadline: float) -> in
                     if time.monotonic() < deadline:
                         call()
             return len(compiled)
-        threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
         with _Until(deadline, threads) as executor:
             with asynchronous(executor, ignore_errors=True), _without_launches():
                 for call in calls:
