@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import pytest
 
@@ -13,7 +12,6 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from moe_backend.kernels.hopper import few_device
-from moe_backend.kernels.hopper.few import check_quartets
 from moe_backend.kernels.triton.kernel import FORMATS
 
 ACTIVATIONS = {"bf16": "*bf16", "fp8_block": "*bf16", "nvfp4": "*i32"}
@@ -22,17 +20,12 @@ SCALES = {"bf16": "*bf16", "fp8_block": "*fp32", "nvfp4": "*fp8e4nv"}
 SHARED = {"TOP_K": 8, "SLOTS": 64, "HAS_MAP": True, "WEIGHT_ON_INPUT": False, "PTX": True}
 
 
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    asm: dict[str, str]
-
-
 def machine_code(kernel, name, lanes, unroll, warps, **constants):
     """Operations of the machine code in order, such as `LDG.E.128`, and all that was compiled."""
     constants = {
         **SHARED, "FORMAT": FORMATS[name], "HALF": False, "PDL": True, "H": 4096, "I": 1280,
         "SCALE_N": 128, "SCALE_K": 128, "GROUPS": warps * 32 // lanes, "LANES": lanes,
-        "UNROLL": unroll, "MMA": name == "nvfp4" and lanes == 4, **constants,
+        "UNROLL": unroll, **constants,
     }  # fmt: skip
     kinds = {
         "x": ACTIVATIONS[name],
@@ -66,7 +59,7 @@ def test_gate_up_loads_straight_to_registers(name, lanes):
     assert not [c for c in code if c.startswith(("LDS", "STS", "LDL", "STL", "LDSM"))]
     assert made.metadata.shared == 0
     # All the weights of a step are on their way before the first product.
-    until = next(i for i, c in enumerate(code) if c.startswith(("FFMA", "HMMA")))
+    until = next(i for i, c in enumerate(code) if c.startswith("FFMA"))
     assert code[:until].count("LDG.E.128") >= 2 * 4
 
 
@@ -76,16 +69,3 @@ def test_down_loads_before_it_waits(name):
     assert not [c for c in code if c.startswith(("LDS", "STS", "LDL", "STL", "LDSM"))]
     wait = code.index("ACQBULK")
     assert code[:wait].count("LDG.E.128") >= 4
-
-
-@pytest.mark.parametrize("warps", [1, 4])
-def test_nvfp4_quartets_are_where_the_mma_wants_them(warps):
-    """Lanes 4g to 4g + 3 hold group g: the fragments of an m16n8k16 MMA are laid out so."""
-    for kernel in (few_device.gate_up_kernel, few_device.down_kernel):
-        constants = {"ACTIVATION": 1} if kernel is few_device.gate_up_kernel else {}
-        code, made = machine_code(kernel, "nvfp4", 4, 4, warps, I=2048, **constants)
-        assert any(c.startswith("HMMA.16816.F32.BF16") for c in code)
-        check_quartets(made)
-        ir = made.asm["ttgir"].replace("[8, 4]", "[4, 8]")
-        with pytest.raises(RuntimeError, match="lays out NVFP4 weights differently"):
-            check_quartets(Compiled({"ttgir": ir}))

@@ -11,7 +11,7 @@ from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import prefill
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import FEW_TOKENS, Prefill, Tile, choose, few, tiles
+from moe_backend.kernels.hopper.tiles import FEW_TOKENS_NARROW, Prefill, Tile, choose, few, tiles
 from moe_backend.kernels.registry import Selection
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
@@ -64,5 +64,5 @@ def test_the_log_says_which_calls_quantise():
     fused.selection = Selection(HopperKernel(), "asked for")
     said = "activations=not quantised with few tokens, else fp8 1x128, hidden 1x64 (asked for)"
     assert said in fused.describe()
-    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS) is None
-    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS + 1) == (128, 64)
+    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS_NARROW) is None
+    assert HopperKernel().activation_groups(problem.layer, FEW_TOKENS_NARROW + 1) == (128, 64)

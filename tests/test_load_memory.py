@@ -101,6 +101,7 @@ def test_on_a_gpu(name, path):
     case = Case(name, STEP, num_experts=16)
     template = build(replace(case, tokens=1)).layer
     layer = replace(template, device="cuda", hidden_size=4096, intermediate_size=2048)
+    others = torch.cuda.memory_allocated()  # tests before this one
     w13 = torch.randn(16, 4096, 4096, device="cuda") / 32
     w2 = torch.randn(16, 4096, 2048, device="cuda") / 32
     with torch.device("cuda"):
@@ -114,7 +115,7 @@ def test_on_a_gpu(name, path):
     loaded = [copy(first) for _ in range(8)]
     del first
     torch.cuda.empty_cache()
-    checkpoint = torch.cuda.memory_allocated()
+    checkpoint = torch.cuda.memory_allocated() - others
     served = []
     growth = worst = 0
     while loaded:
@@ -130,10 +131,12 @@ def test_on_a_gpu(name, path):
         kept = size(fused.tensors)
         worst = max(worst, torch.cuda.max_memory_allocated() - start - kept)
         del weights, fused
-        growth = torch.cuda.memory_allocated() - checkpoint
+        growth = torch.cuda.memory_allocated() - others - checkpoint
     print(
         f"{name} {path or ''}: checkpoint {checkpoint / 2**20:.0f} MiB, kept layer "
         f"{kept / 2**20:.0f}, growth {growth / 2**20:.0f}, peak over one layer {worst / 2**20:.0f}"
     )
-    assert worst <= 0.1 * kept  # beside a whole layer in its final form
+    # Beside a whole layer in its final form: folding works on one expert at a time, in fp32.
+    matrices = 3 * 4 * 4096 * 4096 if path == "folded" else 0
+    assert worst <= 0.1 * kept + matrices
     assert growth <= 8 * kept - checkpoint + 2**20

@@ -149,10 +149,10 @@ def test_the_other_method_is_a_candidate(triton_version):
     assert many in candidates(LAYER, 64)
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
     assert not any(isinstance(c, Prefill) for c in candidates(LAYER, 8))  # too far away
-    few = tiles.choose(LAYER, 8)
+    few = tiles.choose(LAYER, 4)
     assert isinstance(few, Few)
     assert few in candidates(LAYER, 16)
-    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 8))
+    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 4))
     assert not any(isinstance(c, Few) for c in candidates(LAYER, 64))  # too many slots
 
 
@@ -160,7 +160,7 @@ def test_the_other_method_is_a_candidate(triton_version):
     "change", [{"gate_up": Part(3, 4, 1)}, {"down": Part(32, 9, 1)}, {"per_sm": 0}, {"repeat": 17}]
 )
 def test_unsound_numbers_for_few_tokens(change):
-    choice = tiles.choose(LAYER, 8)
+    choice = tiles.few(LAYER, 8)
     assert sound(LAYER, 8, choice)
     assert not sound(LAYER, 64, choice)
     assert not sound(LAYER, 8, replace(choice, **change))

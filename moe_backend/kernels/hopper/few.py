@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from functools import cache
 from typing import Any
 
 import torch
@@ -62,57 +60,30 @@ def run(
         "PDL": on_gpu,
         "HALF": x.dtype == torch.float16,
     }
-    quartets = nvfp4 and on_gpu and all(t.data_ptr() % 16 == 0 for t in (x, w13, w2))
     overlap: dict[str, Any] = {"launch_pdl": True} if on_gpu else {}
     activation = layer.activation
     blocks = cdiv(i, few.gate_up.groups)
     programs = few.per_sm * (multiprocessors(x.device) if on_gpu else 1)
-    first = few_device.gate_up_kernel[(min(slots * blocks, programs),)](
+    few_device.gate_up_kernel[(min(slots * blocks, programs),)](
         x.view(pairs), w13, w13_scale, w13_global, weights, ids, table, hidden,
         activation.limit or 0.0, activation.alpha, activation.beta, slots, h, i,
         SLOTS=max(32, triton.next_power_of_2(slots)), ACTIVATION=ACTIVATIONS[activation.kind],
-        SCALE_N=n13, SCALE_K=k13, **_launch(few.gate_up, quartets), **shared,
+        SCALE_N=n13, SCALE_K=k13, **_launch(few.gate_up), **shared,
     )  # fmt: skip
     programs = cdiv(cdiv(h, 2 * few.down.groups), few.repeat)
-    second = few_device.down_kernel[(tokens * programs,)](
+    few_device.down_kernel[(tokens * programs,)](
         hidden.view(pairs), w2, w2_scale, w2_global, weights, ids, table, out,
         programs, h, i,
         SLOTS=max(32, triton.next_power_of_2(top_k)), SCALE_N=n2, SCALE_K=k2,
-        **_launch(few.down, quartets), **shared, **overlap,
+        **_launch(few.down), **shared, **overlap,
     )  # fmt: skip
-    if quartets:
-        for part, compiled in ((few.gate_up, first), (few.down, second)):
-            # Warm-up compiles without a launch and returns no kernel.
-            if part.lanes == 4 and isinstance(compiled, triton.compiler.CompiledKernel):
-                check_quartets(compiled)
     return out
 
 
-def _launch(part: Part, quartets: bool) -> dict[str, int]:
+def _launch(part: Part) -> dict[str, int]:
     return {
         "GROUPS": part.groups,
         "LANES": part.lanes,
         "UNROLL": part.unroll,
-        "MMA": quartets and part.lanes == 4,
         "num_warps": part.warps,
     }
-
-
-@cache
-def check_quartets(compiled: Any) -> None:
-    """Refuse a compiled kernel whose MMAs would not find rows where they want them.
-
-    The inline MMA takes lanes 4g to 4g + 3 to hold group g, 16 bytes each; which thread holds what
-    is the compiler's choice.
-    """
-    ir = compiled.asm["ttgir"]
-    used = set(re.findall(r"mma\.sync.*?-> tensor<\d+x64xf32, #(\w+)>", ir, re.DOTALL))
-    wanted = r"{sizePerThread = \[1, 16\], threadsPerWarp = \[8, 4\].*order = \[1, 0\]}"
-    found = set(re.findall(rf"#(\w+) = #ttg\.blocked<{wanted}>", ir))
-    if not used or not used <= found:
-        import triton
-
-        raise RuntimeError(
-            f"Triton {triton.__version__} lays out NVFP4 weights differently from what the kernel "
-            "for few tokens takes; set MOE_BACKEND_KERNEL=triton and report it"
-        )

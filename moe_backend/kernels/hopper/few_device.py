@@ -3,9 +3,8 @@
 There is nothing to share between a handful of tokens, so there is no tile to bring to shared
 memory: each group of LANES threads multiplies two weight rows with one token's activations,
 straight from memory to registers in pieces of 16 bytes a thread, products and sums in fp32. FP8
-codes are exact in fp32, NVFP4 codes times their block scale in bf16; activations are as they are
-(W8A16, W4A16). CUDA cores do it, but for NVFP4 in groups of four lanes, where an MMA saves most of
-the decoding.
+codes and NVFP4 codes are exact in fp32; activations are as they are (W8A16, W4A16). An MMA for
+NVFP4 saved most of the decoding, and took twice as long.
 
 Every program reads the routing itself: there are few ids, and a launch costs more than they do.
 The second launch overlaps the first: its weights are on their way before it waits for the hidden
@@ -55,61 +54,6 @@ _DECODE: tl.constexpr = tl.constexpr(
     mov.b32 {l, h}, m;
     cvt.f32.f16 $5, l;
     cvt.f32.f16 $7, h;
-    }
-    """
-)
-
-# Four bytes of a row ($4) and four of another ($5), 8 columns of NVFP4 each, times activations
-# ($6..$9, two a word), added to the accumulators of an m16n8k16 MMA whose rows 0..7 are the first
-# row of eight lane quartets and rows 8..15 the second. Codes become bf16 times their block scale
-# ($10, $12; as in `device._DECODE`); a pair is nibbles j and j + 4. All eight columns of the second
-# operand are the one token, so every lane ends up with the sums of its quartet.
-_MMA: tl.constexpr = tl.constexpr(
-    """
-    {
-    .reg .b32 v, g0, g1, g2, g3, u0, u1, u2, u3, b0, b1, b2, b3;
-    and.b32 g0, $4, 0x000F000F;
-    and.b32 g1, $4, 0x00F000F0;
-    shr.b32 v, $4, 8;
-    and.b32 g2, v, 0x000F000F;
-    and.b32 g3, v, 0x00F000F0;
-    mul.lo.u32 g0, g0, 0x1040;
-    mul.lo.u32 g1, g1, 0x0104;
-    mul.lo.u32 g2, g2, 0x1040;
-    mul.lo.u32 g3, g3, 0x0104;
-    and.b32 g0, g0, 0x81C081C0;
-    and.b32 g1, g1, 0x81C081C0;
-    and.b32 g2, g2, 0x81C081C0;
-    and.b32 g3, g3, 0x81C081C0;
-    mul.rn.bf16x2 g0, g0, $10;
-    mul.rn.bf16x2 g1, g1, $10;
-    mul.rn.bf16x2 g2, g2, $10;
-    mul.rn.bf16x2 g3, g3, $10;
-    and.b32 u0, $5, 0x000F000F;
-    and.b32 u1, $5, 0x00F000F0;
-    shr.b32 v, $5, 8;
-    and.b32 u2, v, 0x000F000F;
-    and.b32 u3, v, 0x00F000F0;
-    mul.lo.u32 u0, u0, 0x1040;
-    mul.lo.u32 u1, u1, 0x0104;
-    mul.lo.u32 u2, u2, 0x1040;
-    mul.lo.u32 u3, u3, 0x0104;
-    and.b32 u0, u0, 0x81C081C0;
-    and.b32 u1, u1, 0x81C081C0;
-    and.b32 u2, u2, 0x81C081C0;
-    and.b32 u3, u3, 0x81C081C0;
-    mul.rn.bf16x2 u0, u0, $12;
-    mul.rn.bf16x2 u1, u1, $12;
-    mul.rn.bf16x2 u2, u2, $12;
-    mul.rn.bf16x2 u3, u3, $12;
-    prmt.b32 b0, $6, $8, 0x5410;
-    prmt.b32 b1, $6, $8, 0x7632;
-    prmt.b32 b2, $7, $9, 0x5410;
-    prmt.b32 b3, $7, $9, 0x7632;
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-        {$0, $1, $2, $3}, {g0, u0, g1, u1}, {b0, b1}, {$14, $15, $16, $17};
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-        {$0, $1, $2, $3}, {g2, u2, g3, u3}, {b2, b3}, {$0, $1, $2, $3};
     }
     """
 )
@@ -208,57 +152,6 @@ def _add_products(
 
 
 @triton.jit
-def _spread(scale, GROUPS: tl.constexpr):
-    """Two NVFP4 scales a lane as one a byte, in bf16 and times what `_MMA` wants."""
-    spread = (scale * 3.3230699894622897e35).to(tl.bfloat16)  # 2**118
-    return tl.reshape(tl.broadcast_to(spread[:, :, None], (GROUPS, 8, 8)), (GROUPS, 64))
-
-
-@triton.jit
-def _add_pair(
-    acc,
-    other,
-    w,
-    v,
-    x,
-    scale_w,
-    scale_v,
-    FORMAT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    PTX: tl.constexpr,
-    HALF: tl.constexpr,
-    MMA: tl.constexpr,
-):
-    """Products of two rows a group, `w` and `v`, with the same activations, added to their sums."""
-    if MMA:
-        acc = tl.inline_asm_elementwise(
-            _MMA, "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,f,f,f,f",
-            [w, v, x, _spread(scale_w, GROUPS), _spread(scale_v, GROUPS), acc],
-            dtype=tl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        acc = _add_products(acc, w, x, scale_w, FORMAT, GROUPS, LANES, PTX, HALF)
-        other = _add_products(other, v, x, scale_v, FORMAT, GROUPS, LANES, PTX, HALF)
-    return acc, other
-
-
-@triton.jit
-def _totals(acc, other, GROUPS: tl.constexpr, MMA: tl.constexpr):
-    """`[GROUPS]` sums of the first and of the second rows."""
-    if MMA:
-        # Each lane has its quartet's sums: two columns (the same) of the first row and the second.
-        column, _ = tl.split(tl.reshape(acc, (GROUPS, 4, 2, 2)))
-        first, second = tl.split(column)
-        total = tl.sum(first, 1) * 64.0  # 2**8 for the decoder, / 4 for the lanes
-        other_total = tl.sum(second, 1) * 64.0
-    else:
-        total = tl.sum(tl.sum(acc, 2), 1)
-        other_total = tl.sum(tl.sum(other, 2), 1)
-    return total, other_total
-
-
-@triton.jit
 def _scale(
     base,
     row,
@@ -316,7 +209,6 @@ def gate_up_kernel(
     UNROLL: tl.constexpr,
     PTX: tl.constexpr,
     HALF: tl.constexpr,
-    MMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`hidden[slot] = act(gate, up)`: GROUPS hidden columns of one local slot a tile."""
@@ -344,7 +236,7 @@ def gate_up_kernel(
         up_row = gate_row + I * WIDTH
         gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
         up_scale = gate_scale + scale_rows * scale_columns
-        gate = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
+        gate = tl.zeros((GROUPS, LANES, 4), tl.float32)
         up = tl.zeros((GROUPS, LANES, 4), tl.float32)
         for first in range(0, WIDTH, CHUNK * UNROLL):
             gates = ()
@@ -370,13 +262,12 @@ def gate_up_kernel(
             for u in tl.static_range(UNROLL):
                 column = first + u * CHUNK + piece
                 a = tl.load(row + column, mask=column < WIDTH, other=ZERO)
-                gate, up = _add_pair(
-                    gate, up, gates[u], ups[u], a, gate_scales[u], up_scales[u],
-                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
-                )  # fmt: skip
-        if MMA:
-            gate = tl.sum(tl.reshape(gate, (GROUPS, 4, 4, 4)), 2)
-        gate_sum, up_sum = _totals(gate, up, GROUPS, MMA)
+                gate = _add_products(
+                    gate, gates[u], a, gate_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                )
+                up = _add_products(up, ups[u], a, up_scales[u], FORMAT, GROUPS, LANES, PTX, HALF)
+        gate_sum = tl.sum(tl.sum(gate, 2), 1)
+        up_sum = tl.sum(tl.sum(up, 2), 1)
         if FORMAT == NVFP4:
             gate_sum *= tl.load(w13_global + e * 2)
             up_sum *= tl.load(w13_global + e * 2 + 1)
@@ -413,7 +304,6 @@ def down_kernel(
     UNROLL: tl.constexpr,
     PTX: tl.constexpr,
     HALF: tl.constexpr,
-    MMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`out[token]`: 2 * GROUPS columns a tile, summed over the token's local slots in order of k.
@@ -480,19 +370,17 @@ def down_kernel(
                 column = (first + u) % CHUNKS * CHUNK + piece
                 width = tl.where(used, WIDTH, 0)
                 a = tl.load(hidden + slot * WIDTH + column, mask=column < width, other=ZERO)
-                zero = tl.zeros((GROUPS, 64) if MMA else (GROUPS, LANES, 4), tl.float32)
-                other_zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
-                part, other_part = _add_pair(
-                    zero, other_zero, codes[u], other_codes[u], a, scales[u], other_scales[u],
-                    FORMAT, GROUPS, LANES, PTX, HALF, MMA,
-                )  # fmt: skip
-                if MMA:
-                    part = tl.sum(tl.reshape(part, (GROUPS, 4, 4, 4)), 2)
+                zero = tl.zeros((GROUPS, LANES, 4), tl.float32)
+                part = _add_products(zero, codes[u], a, scales[u], FORMAT, GROUPS, LANES, PTX, HALF)
+                other_part = _add_products(
+                    zero, other_codes[u], a, other_scales[u], FORMAT, GROUPS, LANES, PTX, HALF
+                )
                 acc += part * factors[u]
                 other += other_part * factors[u]
         if PDL:
             gdc_wait()  # this launch must not end before the first, also where nothing is local
-        total, other_total = _totals(acc, other, GROUPS, MMA)
+        total = tl.sum(tl.sum(acc, 2), 1)
+        other_total = tl.sum(tl.sum(other, 2), 1)
         where = out + token.to(tl.int64) * H
         tl.store(where + n, total.to(out.dtype.element_ty), mask=n < H)
         tl.store(where + m, other_total.to(out.dtype.element_ty), mask=m < H)

@@ -128,10 +128,9 @@ def combine_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         p = tl.load(position + token * TOP_K + k).to(tl.int64)
-        inside = column < tl.where(p >= 0, H, 0)  # a dropped slot has no row
-        row = tl.load(partial + p * H + column, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHT_ON_INPUT:
+        if p >= 0:  # a dropped slot has no row
+            row = tl.load(partial + p * H + column, mask=column < H, other=0.0).to(tl.float32)
+            if not WEIGHT_ON_INPUT:
+                row *= tl.load(topk_weights + token * TOP_K + k)
             acc += row
-        else:
-            acc += row * tl.load(topk_weights + token * TOP_K + k)
     tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

@@ -111,15 +111,23 @@ class Few:
 
 Choice = Tiles | Prefill | Few
 
-# Beyond so many tokens or slots, experts get enough tokens for the tiled GEMMs to win.
-FEW_TOKENS = 8
-FEW_SLOTS = 64
+BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
+# Where matrix-vector products win: few tokens, narrow shards a few more, and not so many weights
+# that reading them takes all the time anyway.
+FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
+FEW_SLOTS, FEW_BYTES = 64, 250e6
+# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
+MANY, MANY_NARROW = 14, 20
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
     """The method for a call with this many tokens, and its numbers."""
-    if tokens <= FEW_TOKENS and tokens * layer.top_k <= FEW_SLOTS:
-        return few(layer, tokens)
+    most = FEW_TOKENS_NARROW if layer.intermediate_size <= NARROW else FEW_TOKENS
+    slots = tokens * layer.top_k
+    if tokens <= most and slots <= FEW_SLOTS:
+        weights = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8
+        if slots * layer.num_local_experts / layer.num_experts * weights <= FEW_BYTES:
+            return few(layer, tokens)
     return tiles(layer, tokens)
 
 
@@ -128,16 +136,14 @@ def few(layer: LayerConfig, tokens: int) -> Few:
 
     A row's reads are all on their way at once where the registers hold them.
     """
-    bits = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}[layer.format]
+    if layer.format == Nvfp4Weights.name:
+        return Few(Part(32, 8, 1), Part(16, 4, 1), 16)
+    bits = BITS[layer.format]
     reads = cdiv(layer.hidden_size * bits // 8, 512)
     first = Part(32, min(8, reads), 1)
     reads = cdiv(layer.intermediate_size * bits // 8, 256)
     # Rows of few reads: those of several slots together.
     second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
-    slots = tokens * layer.top_k * layer.num_local_experts / layer.num_experts
-    if layer.format == Nvfp4Weights.name and slots >= 3:
-        # Enough rows for quartets of lanes, whose products are MMAs.
-        first, second = Part(4, 8, 1), Part(4, 8, 1)
     return Few(first, second, 16, 1 if tokens <= 2 else 4)
 
 
@@ -166,15 +172,15 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     # Gluon as `prefill_device.py` is written for it came with Triton 3.6.
-    many = slots >= 24 and triton_version() >= (3, 6)
-    if many and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
+    if triton_version() >= (3, 6) and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
         # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
         # has registers enough: 3.6 has, 3.9 has not.
         i = layer.intermediate_size
         wide = layer.w13_block[0] % 128 == 0 and cdiv(i, 128) * 128 <= 1.1 * i
-        if wide and triton_version() == (3, 6):
+        if slots >= MANY and wide and triton_version() == (3, 6):
             return Prefill(128, 4, 128, 6)
-        return Prefill(64, 6, 128, 6)
+        if slots >= MANY_NARROW:
+            return Prefill(64, 6, 128, 6)
     (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
     k13 = min(128, k13)
     m = 16 if slots <= 12 else 32
