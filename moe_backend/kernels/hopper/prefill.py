@@ -44,6 +44,8 @@ def run(
     check(layer, choice)
     half, outputs = choice.hidden, choice.outputs // 2
     on_input = layer.apply_router_weight_on_input
+    # The first launch waits for what came before it, as launches do, since it reads the routing at
+    # once. (Overlapping it was seen to crash in an engine: it read ids that were still to come.)
     pdl: dict[str, Any] = {"PDL": True, "launch_pdl": True}
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -66,7 +68,7 @@ def run(
     weights = topk_weights.float().contiguous()
     sort_device.rank_kernel[(chunks,)](
         ids, ids if expert_map is None else expert_map, local, rank, counts, slots,
-        HAS_MAP=expert_map is not None, CHUNK=CHUNK, BINS=bins, num_warps=4, **pdl,
+        HAS_MAP=expert_map is not None, CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
     )  # fmt: skip
     sort_device.place_kernel[(cdiv(e, columns),)](
         counts, base, tiles, e, chunks, CHUNKS=triton.next_power_of_2(chunks), BINS=bins,

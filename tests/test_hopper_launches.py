@@ -1,0 +1,58 @@
+"""The launches of each Hopper method, in order, recorded without a GPU.
+
+All but the first overlap the launch before them and wait for it on the device. The first reads what
+other kernels have just written (hidden states, routing), so it must not overlap them: it does not
+wait, and would read what is still to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+from moe_backend.kernels.hopper import few, kernel, prefill, tiled, tiles
+from moe_backend.kernels.hopper.tiles import Prefill
+from moe_backend.verify.problems import ACTIVATIONS, Case, build
+
+TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
+SORTED = ["rank_kernel", "place_kernel", "permute_kernel", "gemm_kernel", "gemm_kernel"]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    found = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    for module in (few, prefill, tiled):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["unsharded", "ep"])
+@pytest.mark.parametrize(
+    ("name", "choice", "names"),
+    [
+        ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
+        ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
+        ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
+        ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
+        ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
+        ("bf16", lambda layer: tiles.tiles(layer, 7), TILED),
+    ],
+    ids=["fp8-few", "fp8-tiles", "fp8-prefill", "nvfp4-few", "nvfp4-tiles", "bf16-tiles"],
+)
+def test_only_the_first_waits_for_what_came_before(launches, layout, name, choice, names):
+    problem = build(Case(name, ACTIVATIONS[0], layout=layout))
+    layer = replace(problem.layer, device="cuda")
+    kernel.run(
+        layer, problem.weights.tensors(), problem.x, problem.topk_weights, problem.topk_ids,
+        problem.expert_map, choice(layer),
+    )  # fmt: skip
+    assert launches == [(n, number > 0) for number, n in enumerate(names)]
