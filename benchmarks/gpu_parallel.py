@@ -306,6 +306,7 @@ def call(command: list[str], env: dict[str, str], limit_s: float) -> tuple[int |
 def telling(said: str) -> list[str]:
     """The lines of a log that say what ran, without process, time and place, each once."""
     lines = [line for line in said.splitlines() if any(word in line for word in LINES)]
+    lines = [line for line in lines if "LLM engine" not in line]  # all settings, folders among them
     return list(dict.fromkeys(re.sub(r"^(\(.*?\) )?[A-Z]+ .*?\] ", "", line) for line in lines))
 
 

@@ -25,6 +25,14 @@ KERNEL = Variable(
     "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
+PREFILL = Variable(
+    "MOE_BACKEND_PREFILL",
+    "on: on Hopper GPUs, FP8 steps with many tokens per expert sort the tokens by expert and run "
+    "through warp-specialised kernels; faster from 14 tokens per expert on",
+    "off: these kernels are right on an H200 by themselves, but have not been run through an "
+    "engine since the repair of what made vLLM crash there",
+)
+
 NVFP4 = Variable(
     "MOE_BACKEND_NVFP4",
     "how NVFP4 experts are kept: packed (4 bits, as in the checkpoint), folded (converted to FP8 "
@@ -54,4 +62,4 @@ TUNED = Variable(
     "$XDG_CONFIG_HOME/moe-backend/tuned, else ~/.config/moe-backend/tuned",
 )
 
-VARIABLES = (KERNEL, NVFP4, ALL_REDUCE, WARMUP, TUNED)
+VARIABLES = (KERNEL, PREFILL, NVFP4, ALL_REDUCE, WARMUP, TUNED)

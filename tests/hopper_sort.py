@@ -14,8 +14,8 @@ def next_power(n):
     return 1 << (n - 1).bit_length()
 
 
-def check(tokens, top_k, experts, local_experts, hidden):
-    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).int()
+def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).to(dtype)
     ids[torch.rand(tokens, top_k) < 0.1] = -1
     expert_map = torch.full((experts,), -1, dtype=torch.int32)
     expert_map[torch.randperm(experts)[:local_experts]] = torch.arange(local_experts).int()
@@ -79,4 +79,5 @@ if __name__ == "__main__":
         (90, 8, 300, 200, 128),
     ):
         check(*sizes)
+    check(50, 4, 16, 5, 256, torch.int64)
     print("right")

@@ -14,7 +14,7 @@ from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weig
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.hopper import few, prefill, tiled
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, prefill_asked
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -38,6 +38,7 @@ class HopperKernel:
             return "it needs an NVIDIA Hopper GPU (compute capability 9.0)"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
+        prefill_asked()  # a wrong value is an error now, not in the middle of serving
         return shape_refusal(layer)
 
     def preference(self, layer: LayerConfig) -> str:

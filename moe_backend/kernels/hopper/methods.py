@@ -37,8 +37,8 @@ class Method:
             (`gate_up.m`); tuning moves one step up or down.
         settle: the choice with the numbers that others fix set right, so that one step of one
             number is not unsound for a reason that has one remedy.
-        here: whether the installed Triton compiles the choice; asked apart from `check`, as a
-            table is good for more than one installation.
+        here: whether this installation takes the choice, its Triton above all; asked apart from
+            `check`, as a table is good for more than one installation.
     """
 
     kind: type
@@ -77,7 +77,7 @@ def check(layer: LayerConfig, tokens: int, choice: Choice) -> None:
 
 
 def sound(layer: LayerConfig, tokens: int, choice: Choice) -> bool:
-    """Whether `choice` may run such a call with the installed Triton."""
+    """Whether `choice` may run such a call in this installation."""
     try:
         check(layer, tokens, choice)
     except ValueError:
@@ -319,7 +319,8 @@ _PREFILL = Method(
     settle=_settle_prefill,
     # As in `tiles`: halves of 128 rows need the registers that Triton 3.6 leaves.
     here=lambda choice: (
-        tiles.triton_version() >= (3, 6)
+        tiles.prefill_asked()
+        and tiles.triton_version() >= (3, 6)
         and (tiles.triton_version() == (3, 6) or (choice.hidden, choice.outputs) == (64, 128))
     ),
 )

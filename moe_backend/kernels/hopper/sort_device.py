@@ -28,7 +28,7 @@ def rank_kernel(
     chunk = tl.program_id(0)
     index = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + index
-    expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
+    expert = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)  # int64 or int32
     if HAS_MAP:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
     tl.store(local + slot, expert, mask=slot < num_slots)

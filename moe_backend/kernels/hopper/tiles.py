@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+from moe_backend import envs
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.registry import LayerConfig
@@ -168,11 +169,24 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def prefill_asked() -> bool:
+    """Whether MOE_BACKEND_PREFILL is on.
+
+    Raises:
+        ValueError: it is neither on nor off.
+    """
+    value = envs.PREFILL.get() or "off"
+    if value not in ("on", "off"):
+        raise ValueError(f"{envs.PREFILL.name}={value!r}: on or off is expected")
+    return value == "on"
+
+
 def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     # Gluon as `prefill_device.py` is written for it came with Triton 3.6.
-    if triton_version() >= (3, 6) and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
+    sorted_tokens = prefill_asked() and triton_version() >= (3, 6)
+    if sorted_tokens and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
         # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
         # has registers enough: 3.6 has, 3.9 has not.
         i = layer.intermediate_size
