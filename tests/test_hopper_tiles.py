@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from moe_backend.kernels.hopper import prefill
+from moe_backend.kernels.hopper import prefill, wide
 from moe_backend.kernels.hopper.kernel import shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Prefill, Tile, choose
+from moe_backend.kernels.hopper.tiles import Prefill, Tile, Wide, choose
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
 
@@ -35,6 +35,8 @@ def test_every_choice_is_sound(intermediate):
         choice = choose(one, tokens)
         if isinstance(choice, Prefill):
             prefill.check(one, choice)
+        elif isinstance(choice, Wide):
+            wide.check(one, choice)
         else:
             check_tiles(one, choice.gate_up, choice.down)
 

@@ -12,8 +12,8 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import prefill, tiled
-from moe_backend.kernels.hopper.tiles import Choice, Prefill, choose
+from moe_backend.kernels.hopper import prefill, tiled, wide
+from moe_backend.kernels.hopper.tiles import Choice, Prefill, Wide, choose
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -102,4 +102,6 @@ def run(
     choice = choice or choose(layer, len(x))
     if isinstance(choice, Prefill):
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Wide):
+        return wide.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

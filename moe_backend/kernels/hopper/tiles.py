@@ -68,7 +68,24 @@ class Prefill:
         return 128, self.hidden
 
 
-Choice = Tiles | Prefill
+@dataclass(frozen=True)
+class Wide:
+    """NVFP4 with many tokens per expert (`wide.py`).
+
+    Attributes:
+        stages13, stages2: halves of a step of 256 columns for whose tokens shared memory has room,
+            2 to 5.
+    """
+
+    stages13: int
+    stages2: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return None
+
+
+Choice = Tiles | Prefill | Wide
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -77,7 +94,7 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
     if layer.format == Fp8BlockWeights.name:
         return _fp8(layer, slots)
     if layer.format == Nvfp4Weights.name:
-        return _nvfp4(slots)
+        return _nvfp4(layer, slots)
     assert layer.format == Bf16Weights.name
     return _bf16(slots)
 
@@ -126,7 +143,10 @@ def _fp8(layer: LayerConfig, slots: float) -> Choice:
     return Tiles(Tile(32, 128, k13, 4, 3, 2, True), Tile(32, 256, k2, 4, 3, 2))
 
 
-def _nvfp4(slots: float) -> Tiles:
+def _nvfp4(layer: LayerConfig, slots: float) -> Choice:
+    i = layer.intermediate_size
+    if slots >= 48 and cdiv(i, 256) * 256 <= 1.1 * i and triton_version() >= (3, 6):
+        return Wide(5, 5)  # it works on whole blocks of 256 hidden columns
     if slots <= 4:
         return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
     if slots <= 40:
