@@ -34,6 +34,11 @@ HALF_STEP: tl.constexpr = tl.constexpr(128)
 WORDS: tl.constexpr = tl.constexpr(32)  # of eight codes, in a step
 GROUPS: tl.constexpr = tl.constexpr(16)  # of scales, in a step
 W_SLOTS: tl.constexpr = tl.constexpr(2)  # steps of codes that shared memory holds
+# Thread t of four has words 8t..8t+7 of a row, and the scales of their four groups.
+CODES: tl.constexpr = tl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+SCALES: tl.constexpr = tl.constexpr(
+    gl.SliceLayout(2, gl.BlockedLayout([1, 4, 2], [8, 4, 1], [4, 1, 1], [2, 1, 0]))
+)
 
 _decode_gluon = gluon.jit(_decode_nvfp4.fn)
 
@@ -115,46 +120,46 @@ def _rows_of_mma(first, second, A: gl.constexpr):
 
 
 @gluon.jit
-def _scales(pointer, column, inside, scale_columns):
-    return gl.load(
-        pointer + column[None, :],
-        mask=inside[:, None] & (column < scale_columns)[None, :],
-        other=0.0,
-    )
+def _scale_rows(who, w_scale, e, block, N, rows, scale_columns, GATED: gl.constexpr):
+    """Where the scales of a warp group's two halves begin, and which of them are below `rows`."""
+    g = gl.arange(0, 32, layout=gl.SliceLayout(1, SCALES))
+    n0, row0 = _row(who, 0, g, e, block, N, GATED)
+    n1, row1 = _row(who, 1, g, e, block, N, GATED)
+    s0 = w_scale + row0.to(gl.int64)[:, None] * scale_columns
+    s1 = w_scale + row1.to(gl.int64)[:, None] * scale_columns
+    return s0, s1, n0 < rows, n1 < rows
+
+
+@gluon.jit
+def _scales(s0, s1, inside0, inside1, step, scale_columns):
+    """Both halves' scales of a step; 0 outside the matrix."""
+    group = step * GROUPS + gl.arange(0, GROUPS, layout=gl.SliceLayout(0, SCALES))
+    inside = (group < scale_columns)[None, :]
+    scale0 = gl.load(s0 + group[None, :], mask=inside0[:, None] & inside, other=0.0)
+    scale1 = gl.load(s1 + group[None, :], mask=inside1[:, None] & inside, other=0.0)
+    return scale0, scale1
 
 
 @gluon.jit
 def _product(
     WHO: gl.constexpr, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
-    limit, alpha, beta, i, block, e, m0, last, N, K, scale_columns, width,
+    limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e, next_rows,
+    N, K, scale_columns, width,
     N_TOKENS: gl.constexpr, X_SLOTS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """A warp group's part of a tile of up to N_TOKENS tokens, from step `i` on."""
+    """A warp group's part of a tile of up to N_TOKENS tokens, from step `i` on.
+
+    `scale0` and `scale1` are those of its first step; those of the next tile's are returned.
+    """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N_TOKENS, 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
-    # Thread t of four has words 8t..8t+7 of a row, and the scales of their four groups.
-    CODES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    SCALES: gl.constexpr = gl.SliceLayout(
-        2, gl.BlockedLayout([1, 4, 2], [8, 4, 1], [4, 1, 1], [2, 1, 0])
-    )
-    g = gl.arange(0, 32, layout=gl.SliceLayout(1, SCALES))
-    n0, row0 = _row(WHO, 0, g, e, block, N, GATED)
-    n1, row1 = _row(WHO, 1, g, e, block, N, GATED)
-    inside0 = n0 < N
-    inside1 = n1 < N
-    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, SCALES))
-    s0 = w_scale + row0.to(gl.int64)[:, None] * scale_columns
-    s1 = w_scale + row1.to(gl.int64)[:, None] * scale_columns
-    scale0 = _scales(s0, group, inside0, scale_columns)
-    scale1 = _scales(s1, group, inside1, scale_columns)
+    s0, s1, inside0, inside1 = _scale_rows(WHO, w_scale, e, block, N, N, scale_columns, GATED)
     acc = gl.zeros([64, N_TOKENS], gl.float32, layout=MMA)
-    for _ in range(0, K, STEP):
+    for k0 in range(0, K, STEP):
         # The scales of the next step are on their way while this is multiplied.
-        group += GROUPS
-        next0 = _scales(s0, group, inside0, scale_columns)
-        next1 = _scales(s1, group, inside1, scale_columns)
+        next0, next1 = _scales(s0, s1, inside0, inside1, k0 // STEP + 1, scale_columns)
         s = i % W_SLOTS
         mbarrier.wait(w_full.index(s), (i // W_SLOTS) & 1)
         codes0 = w_smem.index((s * 2 + WHO) * 2).load(CODES)
@@ -179,6 +184,11 @@ def _product(
         scale0 = next0
         scale1 = next1
         i += 1
+    # And so are the first ones of the next tile.
+    s0, s1, inside0, inside1 = _scale_rows(
+        WHO, w_scale, next_e, next_block, N, next_rows, scale_columns, GATED
+    )
+    scale0, scale1 = _scales(s0, s1, inside0, inside1, 0, scale_columns)
     # The decoder leaves out 2**8.
     if GATED:
         gate, up = gl.split(acc.reshape(4, 2, 8, N_TOKENS).permute(0, 2, 3, 1))
@@ -204,7 +214,7 @@ def _product(
             out + m.to(gl.int64)[:, None] * width + n[None, :], y,
             mask=(m < last)[:, None] & (n < N)[None, :],
         )  # fmt: skip
-    return i
+    return i, scale0, scale1
 
 
 @gluon.jit
@@ -216,20 +226,33 @@ def _multiply(
     """A multiplying warp group: one half of each tile's weight rows with all of its tokens."""
     total = gl.load(tiles) * blocks
     i = 0
+    t = gl.program_id(0)
+    block, e, m0, last = _work(gl.maximum(gl.minimum(t, total - 1), 0), tiles, blocks)
+    rows = gl.where(t < total, N, 0)
+    s0, s1, inside0, inside1 = _scale_rows(WHO, w_scale, e, block, N, rows, scale_columns, GATED)
+    scale0, scale1 = _scales(s0, s1, inside0, inside1, 0, scale_columns)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, e, m0, last = _work(t, tiles, blocks)
+        following = t + gl.num_programs(0)
+        next_rows = gl.where(following < total, N, 0)
+        next_block, next_e, next_m0, next_last = _work(
+            gl.minimum(following, total - 1), tiles, blocks
+        )
         if m0 + TOKENS // 2 < last:
-            i = _product(
+            i, scale0, scale1 = _product(
                 WHO, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
-                limit, alpha, beta, i, block, e, m0, last, N, K, scale_columns, width,
-                TOKENS, X_SLOTS, GATED, ACTIVATION,
+                limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e,
+                next_rows, N, K, scale_columns, width, TOKENS, X_SLOTS, GATED, ACTIVATION,
             )  # fmt: skip
         else:
-            i = _product(
+            i, scale0, scale1 = _product(
                 WHO, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
-                limit, alpha, beta, i, block, e, m0, last, N, K, scale_columns, width,
-                TOKENS // 2, X_SLOTS, GATED, ACTIVATION,
+                limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e,
+                next_rows, N, K, scale_columns, width, TOKENS // 2, X_SLOTS, GATED, ACTIVATION,
             )  # fmt: skip
+        block = next_block
+        e = next_e
+        m0 = next_m0
+        last = next_last
 
 
 @gluon.jit
