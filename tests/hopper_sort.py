@@ -10,6 +10,13 @@ from moe_backend.kernels.hopper import sort_device
 CHUNK, TILE = 64, 8
 
 
+def nvfp4_position(column):
+    """Of the column's byte among 128: eight words for each of four threads, bytes 0, 2, 1, 3."""
+    first, (byte, odd) = column // 256 * 256, divmod(column % 256, 2)
+    thread, word, low = byte // 32, byte % 32 // 4, byte % 4
+    return first + 128 * odd + 16 * word + 8 * (low % 2) + 2 * thread + low // 2
+
+
 def next_power(n):
     return 1 << (n - 1).bit_length()
 
@@ -37,8 +44,8 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     operand = torch.full((positions, hidden), float("nan"))
     scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
     sort_device.permute_kernel[(tokens,)](
-        x, x, local, rank, base, position, operand, scale, hidden, positions,
-        WEIGHT_ON_INPUT=False, TOP_K=top_k, CHUNK=CHUNK, BINS=bins,
+        x, x, local, rank, base, position, operand, scale, hidden, hidden, positions,
+        QUANTISED=True, WEIGHT_ON_INPUT=False, TOP_K=top_k, CHUNK=CHUNK, BINS=bins,
         GROUPS=next_power(cdiv(hidden, 128)), PDL=False,
     )  # fmt: skip
 
@@ -57,6 +64,17 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     at = expected[kept].long()
     values = operand[at] * scale[:, at].T.repeat_interleave(128, 1)[:, :hidden]
     assert torch.allclose(values, x[kept // top_k].float(), rtol=1e-5), "activations"
+
+    width = cdiv(hidden, 256) * 256
+    operand = torch.full((positions, width), float("nan"))
+    sort_device.permute_kernel[(tokens,)](
+        x, x, local, rank, base, position, operand, scale, hidden, width, positions,
+        QUANTISED=False, WEIGHT_ON_INPUT=False, TOP_K=top_k, CHUNK=CHUNK, BINS=bins,
+        GROUPS=next_power(cdiv(width, 128)), PDL=False,
+    )  # fmt: skip
+    values = operand[at][:, [nvfp4_position(c) for c in range(width)]]
+    padded = torch.nn.functional.pad(x[kept // top_k].float(), (0, width - hidden))
+    assert torch.equal(values, padded), "activations for NVFP4"
 
     out, weights = torch.empty(tokens, hidden), torch.rand(tokens, top_k)
     partial = torch.randn(positions, hidden)
@@ -77,6 +95,7 @@ if __name__ == "__main__":
         (33, 2, 8, 8, 192),
         (1, 1, 4, 2, 128),
         (90, 8, 300, 200, 128),
+        (9, 2, 8, 4, 288),
     ):
         check(*sizes)
     check(50, 4, 16, 5, 256, torch.int64)

@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from moe_backend.kernels.hopper import few, kernel, prefill, tiled, tiles
-from moe_backend.kernels.hopper.tiles import Prefill
+from moe_backend.kernels.hopper import few, kernel, prefill, tiled, tiles, wide
+from moe_backend.kernels.hopper.tiles import Prefill, Wide
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
@@ -30,7 +30,7 @@ def launches(monkeypatch):
         found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (few, prefill, tiled):
+    for module in (few, prefill, tiled, wide):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     return found
 
@@ -42,11 +42,20 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
+        ("nvfp4", lambda layer: Wide(5, 5), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
         ("bf16", lambda layer: tiles.tiles(layer, 7), TILED),
     ],
-    ids=["fp8-few", "fp8-tiles", "fp8-prefill", "nvfp4-few", "nvfp4-tiles", "bf16-tiles"],
+    ids=[
+        "fp8-few",
+        "fp8-tiles",
+        "fp8-prefill",
+        "nvfp4-wide",
+        "nvfp4-few",
+        "nvfp4-tiles",
+        "bf16-tiles",
+    ],
 )
 def test_only_the_first_waits_for_what_came_before(launches, layout, name, choice, names):
     problem = build(Case(name, ACTIVATIONS[0], layout=layout))

@@ -128,8 +128,10 @@ def test_it_runs_only_where_asked_for(monkeypatch):
         monkeypatch.setenv("MOE_BACKEND_PREFILL", value)
         assert not isinstance(choose(layer(GRID, GRID), 4096), Prefill)
         assert not sound(layer(GRID, GRID), 4096, Prefill(64, 6, 128, 6))
+    monkeypatch.setenv("MOE_BACKEND_PREFILL", "on")
+    assert isinstance(choose(layer(GRID, GRID), 4096), Prefill)
     monkeypatch.setenv("MOE_BACKEND_PREFILL", "yes")
-    with pytest.raises(ValueError, match="MOE_BACKEND_PREFILL='yes': on or off is expected"):
+    with pytest.raises(ValueError, match="MOE_BACKEND_PREFILL='yes': off, on or all is expected"):
         choose(layer(GRID, GRID), 4096)
 
 

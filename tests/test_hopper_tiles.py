@@ -8,10 +8,18 @@ from dataclasses import replace
 import pytest
 
 from moe_backend.fused_moe import FusedMoE
-from moe_backend.kernels.hopper import prefill
+from moe_backend.kernels.hopper import prefill, wide
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import FEW_TOKENS_NARROW, Prefill, Tile, choose, few, tiles
+from moe_backend.kernels.hopper.tiles import (
+    FEW_TOKENS_NARROW,
+    Prefill,
+    Tile,
+    Wide,
+    choose,
+    few,
+    tiles,
+)
 from moe_backend.kernels.registry import Selection
 from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
@@ -37,6 +45,8 @@ def test_every_choice_is_sound(intermediate):
         made = tiles(one, tokens)
         if isinstance(made, Prefill):
             prefill.check(one, made)
+        elif isinstance(made, Wide):
+            wide.check(one, made)
         else:
             check_tiles(one, made.gate_up, made.down)
         assert choose(one, tokens) in (made, few(one, tokens))

@@ -27,7 +27,7 @@ from moe_backend.kernels.hopper import methods, table, tiles
 from moe_backend.kernels.hopper.choose import choose
 from moe_backend.kernels.hopper.methods import candidates, combined, from_data, sound, to_data
 from moe_backend.kernels.hopper.table import Key, Row, Table, nearest, read, write
-from moe_backend.kernels.hopper.tiles import Few, Part, Prefill, Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Few, Part, Prefill, Tile, Tiles, Wide
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.kernels.registry import Selection
 from moe_backend.tune import command, gpu
@@ -89,7 +89,7 @@ def test_choices_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill, few"),
+        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill, wide, few"),
         ({"down": {"m": 16}}, "choice.down.n is missing"),
         ({"down": 3}, "choice.down"),
         ({"depth": 3}, "depth"),
@@ -122,7 +122,7 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
     layer = SHAPES[name].layer()
     found = candidates(layer, tokens)
     assert found[0] == tiles.choose(layer, tokens)
-    assert (4 if isinstance(found[0], Prefill) else 10) <= len(found) <= 30
+    assert (4 if isinstance(found[0], Prefill | Wide) else 10) <= len(found) <= 30
     assert len(set(found)) == len(found)
     assert all(sound(layer, tokens, c) for c in found)
 

@@ -12,9 +12,9 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import few, prefill, tiled
+from moe_backend.kernels.hopper import few, prefill, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, prefill_asked
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Wide, prefill_asked
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -38,7 +38,7 @@ class HopperKernel:
             return "it needs an NVIDIA Hopper GPU (compute capability 9.0)"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
-        prefill_asked()  # a wrong value is an error now, not in the middle of serving
+        prefill_asked(layer.format)  # a wrong value is an error now, not in the middle of serving
         return shape_refusal(layer)
 
     def preference(self, layer: LayerConfig) -> str:
@@ -109,4 +109,6 @@ def run(
         return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Prefill):
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Wide):
+        return wide.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

@@ -13,9 +13,10 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
-from moe_backend.kernels.hopper import prefill, tiles
+from moe_backend.kernels.hopper import prefill, tiles, wide
+from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Few, Prefill, Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Few, Prefill, Tile, Tiles, Wide
 from moe_backend.kernels.registry import LayerConfig
 
 Choice = Any  # one of the `METHODS`' types
@@ -295,7 +296,7 @@ def _check_prefill(layer: LayerConfig, tokens: int, choice: Prefill) -> None:
 def _most_stages(choice: Prefill) -> tuple[int, int]:
     """Of both GEMMs; a step of 128 has weight rows, 128 tokens and the tokens' scales."""
     rows = 2 * choice.hidden, choice.outputs
-    first, second = (SHARED_BYTES // ((n + prefill.TILE_TOKENS) * 128 + 512) for n in rows)
+    first, second = (SHARED_BYTES // ((n + TILE_TOKENS) * 128 + 512) for n in rows)
     return first, second
 
 
@@ -319,10 +320,29 @@ _PREFILL = Method(
     settle=_settle_prefill,
     # As in `tiles`: halves of 128 rows need the registers that Triton 3.6 leaves.
     here=lambda choice: (
-        tiles.prefill_asked()
+        tiles.prefill_asked(Fp8BlockWeights.name)
         and tiles.triton_version() >= (3, 6)
         and (tiles.triton_version() == (3, 6) or (choice.hidden, choice.outputs) == (64, 128))
     ),
+)
+
+
+# --- Wide -----------------------------------------------------------------------------------------
+
+
+def _check_wide(layer: LayerConfig, tokens: int, choice: Wide) -> None:
+    try:
+        wide.check(layer, choice)
+    except AssertionError as error:
+        raise ValueError(str(error)) from None
+
+
+_WIDE = Method(
+    kind=Wide,
+    check=_check_wide,
+    ladders={"stages13": (2, 3, 4, 5), "stages2": (2, 3, 4, 5)},
+    settle=lambda layer, choice: choice,
+    here=lambda choice: tiles.prefill_asked(Nvfp4Weights.name) and tiles.triton_version() >= (3, 6),
 )
 
 
@@ -363,4 +383,4 @@ _FEW = Method(
     settle=lambda layer, choice: choice,
 )
 
-METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL, "few": _FEW}
+METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL, "wide": _WIDE, "few": _FEW}

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_backend.kernels.hopper.device import _nvfp4_column
+
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 
 
@@ -86,23 +88,30 @@ def place_kernel(
 
 @triton.jit
 def permute_kernel(
-    x, topk_weights, local, rank, base, position, operand, operand_scale, H, scale_stride,
-    WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    GROUPS: tl.constexpr, PDL: tl.constexpr,
+    x, topk_weights, local, rank, base, position, operand, operand_scale, H, width, scale_stride,
+    QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each token, quantised per 128 columns, to the positions of its slots; -1 for dropped ones."""
+    """Each token to the positions of its slots, which are -1 for dropped ones.
+
+    QUANTISED per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up
+    to `width` columns.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+    source = column if QUANTISED else _nvfp4_column(column)
+    value = tl.load(x + token * H + source, mask=source < H, other=0.0).to(tl.float32)
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
-    amax = tl.max(tl.abs(value), 1)
-    scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
-    code = (value / scale[:, None]).to(operand.dtype.element_ty)
+    if QUANTISED:
+        amax = tl.max(tl.abs(value), 1)
+        scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+        value = value / scale[:, None]
+    code = value.to(operand.dtype.element_ty)
     groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
@@ -111,8 +120,9 @@ def permute_kernel(
         p = tl.where(expert >= 0, first + tl.load(rank + slot), -1)
         tl.store(position + slot, p)
         if p >= 0:
-            tl.store(operand + p.to(tl.int64) * H + column, code, mask=column < H)
-            tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
+            tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
+            if QUANTISED:
+                tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
 @triton.jit

@@ -110,7 +110,24 @@ class Few:
         return None
 
 
-Choice = Tiles | Prefill | Few
+@dataclass(frozen=True)
+class Wide:
+    """NVFP4 with many tokens per expert (`wide.py`).
+
+    Attributes:
+        stages13, stages2: halves of a step of 256 columns for whose tokens shared memory has room,
+            2 to 5.
+    """
+
+    stages13: int
+    stages2: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return None
+
+
+Choice = Tiles | Prefill | Few | Wide
 
 BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
 # Where matrix-vector products win: few tokens, narrow shards a few more, and not so many weights
@@ -148,13 +165,13 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     return Few(first, second, 16, 1 if tokens <= 2 else 4)
 
 
-def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill:
+def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill | Wide:
     """Tiled method and tiles for a call, by the average number of slots per expert."""
     slots = tokens * layer.top_k / layer.num_experts
     if layer.format == Fp8BlockWeights.name:
         return _fp8(layer, slots)
     if layer.format == Nvfp4Weights.name:
-        return _nvfp4(slots)
+        return _nvfp4(layer, slots)
     assert layer.format == Bf16Weights.name
     return _bf16(slots)
 
@@ -169,23 +186,23 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def prefill_asked() -> bool:
-    """Whether MOE_BACKEND_PREFILL is on.
+def prefill_asked(name: str) -> bool:
+    """Whether MOE_BACKEND_PREFILL asks for sorted tokens with this weight format.
 
     Raises:
-        ValueError: it is neither on nor off.
+        ValueError: it is not one of off, on, all.
     """
     value = envs.PREFILL.get() or "off"
-    if value not in ("on", "off"):
-        raise ValueError(f"{envs.PREFILL.name}={value!r}: on or off is expected")
-    return value == "on"
+    if value not in ("off", "on", "all"):
+        raise ValueError(f"{envs.PREFILL.name}={value!r}: off, on or all is expected")
+    return value == "all" or (value == "on" and name == Fp8BlockWeights.name)
 
 
 def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     # Gluon as `prefill_device.py` is written for it came with Triton 3.6.
-    sorted_tokens = prefill_asked() and triton_version() >= (3, 6)
+    sorted_tokens = prefill_asked(layer.format) and triton_version() >= (3, 6)
     if sorted_tokens and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
         # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
         # has registers enough: 3.6 has, 3.9 has not.
@@ -216,7 +233,11 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     return Tiles(Tile(32, 128, k13, 4, 3, 2, True), Tile(32, 256, k2, 4, 3, 2))
 
 
-def _nvfp4(slots: float) -> Tiles:
+def _nvfp4(layer: LayerConfig, slots: float) -> Tiles | Wide:
+    i = layer.intermediate_size
+    sorted_tokens = prefill_asked(layer.format) and triton_version() >= (3, 6)
+    if sorted_tokens and slots >= 48 and cdiv(i, 256) * 256 <= 1.1 * i:
+        return Wide(5, 5)  # it works on whole blocks of 256 hidden columns
     if slots <= 4:
         return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
     if slots <= 40:
