@@ -24,6 +24,7 @@ def next_power(n):
 def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).to(dtype)
     ids[torch.rand(tokens, top_k) < 0.1] = -1
+    beyond = torch.rand(tokens, top_k) < 0.1  # as some engines mark rows that they leave out
     expert_map = torch.full((experts,), -1, dtype=torch.int32)
     expert_map[torch.randperm(experts)[:local_experts]] = torch.arange(local_experts).int()
     x, slots = torch.randn(tokens, hidden).half(), tokens * top_k
@@ -35,7 +36,17 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     local, rank, position = torch.full((3, slots), -7, dtype=torch.int32)
     tiles = torch.full((1 + 3 * (slots // TILE + local_experts),), -9, dtype=torch.int32)
     sort_device.rank_kernel[(chunks,)](
-        ids, expert_map, local, rank, counts, slots, HAS_MAP=True, CHUNK=CHUNK, BINS=bins, PDL=False
+        torch.where(beyond, experts, ids).to(dtype),
+        expert_map,
+        local,
+        rank,
+        counts,
+        slots,
+        experts,
+        HAS_MAP=True,
+        CHUNK=CHUNK,
+        BINS=bins,
+        PDL=False,
     )
     sort_device.place_kernel[(cdiv(local_experts, columns),)](
         counts, base, tiles, local_experts, chunks,
@@ -49,6 +60,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         GROUPS=next_power(cdiv(hidden, 128)), PDL=False,
     )  # fmt: skip
 
+    ids[beyond] = -1
     expert = torch.where(ids >= 0, expert_map[ids.long().clamp(min=0)], -1).flatten()
     expected, rows, start = torch.full((slots,), -1, dtype=torch.int32), [], 0
     for e in range(local_experts):

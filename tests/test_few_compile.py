@@ -17,7 +17,14 @@ from moe_backend.kernels.triton.kernel import FORMATS
 ACTIVATIONS = {"bf16": "*bf16", "fp8_block": "*bf16", "nvfp4": "*i32"}
 WEIGHTS = {"bf16": "*bf16", "fp8_block": "*fp8e4nv", "nvfp4": "*u8"}
 SCALES = {"bf16": "*bf16", "fp8_block": "*fp32", "nvfp4": "*fp8e4nv"}
-SHARED = {"TOP_K": 8, "SLOTS": 64, "HAS_MAP": True, "WEIGHT_ON_INPUT": False, "PTX": True}
+SHARED = {
+    "TOP_K": 8,
+    "SLOTS": 64,
+    "IDS": 288,
+    "HAS_MAP": True,
+    "WEIGHT_ON_INPUT": False,
+    "PTX": True,
+}
 
 
 def machine_code(kernel, name, lanes, unroll, warps, **constants):

@@ -84,13 +84,14 @@ def test_no_host_read(name, kernel):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [3, 31, 304])
-def test_inputs_written_just_before(name, tokens, kernel):
+@pytest.mark.parametrize("layout", ["unsharded", "ep"])
+def test_inputs_written_just_before(name, layout, tokens, kernel):
     """As in an engine. A launch that overlaps the one before it must wait before it reads."""
-    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"), kernel)
+    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout=layout), kernel)
     given = inputs(problem)
     fused(*given)  # compiles
     for _ in range(20):
-        x, topk_weights, topk_ids, expert_map = (t.clone() for t in given)
+        x, topk_weights, topk_ids = (t.clone() for t in given[:3])
         x.fill_(float("nan"))
         topk_weights.fill_(float("nan"))
         topk_ids.fill_(-1)
@@ -99,8 +100,24 @@ def test_inputs_written_just_before(name, tokens, kernel):
         x.copy_(given[0])
         topk_weights.copy_(given[1])
         topk_ids.copy_(given[2])
-        out = fused(x, topk_weights, topk_ids, expert_map)
+        out = fused(x, topk_weights, topk_ids, given[3])
         assert right(out, problem, fused)
+
+
+@pytest.mark.parametrize("layout", ["unsharded", "ep"])
+@pytest.mark.parametrize("tokens", [3, 304])  # few, sorted
+@pytest.mark.parametrize("beyond", [8, 0x3F12AB34])
+def test_ids_beyond_the_last_expert_are_dropped(beyond, layout, tokens, kernel):
+    if kernel != "hopper":
+        pytest.skip("the others take no such ids")
+    fused, problem = on_gpu(Case("fp8_block", STEP, tokens=tokens, layout=layout), kernel)
+    x, topk_weights, topk_ids, expert_map = inputs(problem)
+    left_out = torch.rand(tokens, 2, device="cuda") < 0.3
+    outputs = [
+        fused(x, topk_weights, torch.where(left_out, value, topk_ids).int(), expert_map)
+        for value in (beyond, -1)
+    ]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("name", FORMATS)

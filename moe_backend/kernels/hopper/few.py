@@ -53,6 +53,7 @@ def run(
     pairs = torch.int32 if nvfp4 else x.dtype
     shared: dict[str, Any] = {
         "TOP_K": top_k,
+        "IDS": layer.num_local_experts if expert_map is None else layer.num_experts,
         "HAS_MAP": expert_map is not None,
         "WEIGHT_ON_INPUT": layer.apply_router_weight_on_input,
         "FORMAT": FORMATS[layer.format],

@@ -60,14 +60,17 @@ _DECODE: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def _local_slots(ids, expert_map, first, num, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr):
+def _local_slots(
+    ids, expert_map, first, num, IDS: tl.constexpr, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr
+):
     """Of `num` slots from `first`: `(key, number, count)`.
 
-    `number` is the running number of a local slot (-1 of a dropped one), `count` their number,
-    `key` the slot (from 0) times 2**16 plus its local expert.
+    `number` is the running number of a local slot (-1 of a dropped one; ids from IDS on are
+    dropped), `count` their number, `key` the slot (from 0) times 2**16 plus its local expert.
     """
     slot = tl.arange(0, SLOTS)
     expert = tl.load(ids + first + slot, mask=slot < num, other=-1)
+    expert = tl.where(expert < IDS, expert, -1)  # what engines write for rows left out
     if HAS_MAP:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
     local = (expert >= 0).to(tl.int32)
@@ -198,6 +201,7 @@ def gate_up_kernel(
     I: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
+    IDS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -222,7 +226,7 @@ def gate_up_kernel(
     BLOCKS: tl.constexpr = (I + GROUPS - 1) // GROUPS
     scale_rows = (I + SCALE_N - 1) // SCALE_N
     scale_columns = (H + SCALE_K - 1) // SCALE_K
-    key, number, count = _local_slots(ids, expert_map, 0, num_slots, HAS_MAP, SLOTS)
+    key, number, count = _local_slots(ids, expert_map, 0, num_slots, IDS, HAS_MAP, SLOTS)
     group = tl.arange(0, GROUPS)
     # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
     piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
@@ -294,6 +298,7 @@ def down_kernel(
     I: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
+    IDS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -321,7 +326,7 @@ def down_kernel(
     BLOCKS: tl.constexpr = (H + 2 * GROUPS - 1) // (2 * GROUPS)
     scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
     token = tl.program_id(0) // programs
-    key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, HAS_MAP, SLOTS)
+    key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, IDS, HAS_MAP, SLOTS)
     # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
     piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
     for block in range(tl.program_id(0) % programs, BLOCKS, programs):

@@ -18,7 +18,7 @@ E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 
 @triton.jit
 def rank_kernel(
-    ids, expert_map, local, rank, counts, num_slots,
+    ids, expert_map, local, rank, counts, num_slots, num_ids,
     HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A chunk of slots: local expert (or -1) and rank among the chunk's slots of that expert.
@@ -31,6 +31,7 @@ def rank_kernel(
     index = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + index
     expert = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)  # int64 or int32
+    expert = tl.where(expert < num_ids, expert, -1)  # what engines write for rows left out
     if HAS_MAP:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
     tl.store(local + slot, expert, mask=slot < num_slots)

@@ -71,7 +71,8 @@ def sort(
     weights = topk_weights.float().contiguous()
     sort_device.rank_kernel[(chunks,)](
         ids, ids if expert_map is None else expert_map, local, rank, counts, slots,
-        HAS_MAP=expert_map is not None, CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
+        e if expert_map is None else layer.num_experts, HAS_MAP=expert_map is not None,
+        CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
     )  # fmt: skip
     sort_device.place_kernel[(cdiv(e, columns),)](
         counts, base, tiles, e, chunks, CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
