@@ -30,8 +30,8 @@ PREFILL = Variable(
     "on: on Hopper GPUs, FP8 steps with many tokens per expert sort the tokens by expert and run "
     "through warp-specialised kernels; faster from 14 tokens per expert on. all: packed NVFP4 as "
     "well, from 48 (compiled, not run on hardware)",
-    "off: the FP8 kernels are right on an H200 by themselves, but have not been run through an "
-    "engine since the repair of what made vLLM crash there",
+    "off: the FP8 kernels are right on an H200 by themselves, but crashed in vLLM there; what is "
+    "suspected has been repaired, and not been run through vLLM again",
 )
 
 NVFP4 = Variable(
