@@ -93,8 +93,8 @@ from moe_backend.verify.problems import build, cases
 
 results = {}
 for number, case in enumerate(cases()):
-    if number % 2 and not case.integer:
-        continue  # half of them: two minutes otherwise
+    if number % 4:
+        continue  # a part of them: two minutes otherwise
     p = build(case)
     if case.tokens > 10 or shape_refusal(p.layer) is not None:
         continue
@@ -112,7 +112,7 @@ for number, case in enumerate(cases()):
     ids = torch.where(p.topk_ids < 0, case.num_experts, p.topk_ids)
     args = tensors, p.x.half(), p.topk_weights, ids, p.expert_map
     layer = replace(p.layer, dtype="float16")
-    kind = number // 2 % 3
+    kind = number // 4 % 3
     deal = Few(
         Part((4, 2, 16)[kind], 1 + number % 2, (16, 8, 32)[kind]),
         Part((2, 4, 8)[kind], (3, 1, 4)[kind], (8, 16, 32)[kind]),
@@ -162,7 +162,7 @@ def test_few_tokens_in_the_interpreter():
     )
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.splitlines()[-1])
-    assert len(results) > 40
+    assert len(results) > 15
     assert {name: r for name, (r, ok) in results.items() if not ok} == {}
 
 
