@@ -42,7 +42,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
-        ("nvfp4", lambda layer: Wide(5, 5), [*SORTED, "combine_kernel"]),
+        ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
         ("bf16", lambda layer: tiles.tiles(layer, 7), TILED),

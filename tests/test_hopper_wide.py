@@ -10,31 +10,33 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from moe_backend.kernels.hopper import tiles, wide_device
+from moe_backend.kernels.hopper import tiles, wide, wide_device
 from moe_backend.kernels.hopper.device import _nvfp4_position
 from moe_backend.kernels.hopper.tiles import Tiles, Wide, choose
 from moe_backend.kernels.hopper.wide import check
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 
-def compiled(gated, stages=5):
+def compiled(gated):
     """One of the GEMMs. Compiling also proves that decoded codes lie where the MMA wants them."""
     tokens = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    words = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    words = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
     constants = {
-        "X_SLOTS": stages, "GATED": gated, "ACTIVATION": 3, "PDL": True,
-        "CONSUMER_REGISTERS": 232, "COPY_REGISTERS": 40,
+        "X_SLOTS": 4, "W_SLOTS": 2, "GATED": gated, "ACTIVATION": 3, "PDL": True,
+        "CONSUMER_REGISTERS": 240, "COPY_REGISTERS": 24,
     }  # fmt: skip
     kinds = {
-        "x": f"tensordesc<bf16[128,128],{tokens!r}>",
-        "x_few": f"tensordesc<bf16[64,128],{tokens!r}>",
-        "w": f"tensordesc<i32[8,32],{words!r}>",
+        "x_all": f"tensordesc<bf16[128,64],{tokens!r}>",
+        "x_half": f"tensordesc<bf16[64,64],{tokens!r}>",
+        "x_quarter": f"tensordesc<bf16[32,64],{tokens!r}>",
+        "w": f"tensordesc<i32[4,2,8,32],{words!r}>",
         "w_scale": "*fp8e4nv",
         "w_global": "*fp32",
         "out": "*bf16",
@@ -58,34 +60,40 @@ def test_gemm(gated, tmp_path):
     made = compiled(gated)
     ptx = made.asm["ptx"]
     found = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.([\w.]+)", ptx))
-    assert found == {"m64n128k16.f32.bf16.bf16", "m64n64k16.f32.bf16.bf16"}
+    assert found == {f"m64n{n}k16.f32.bf16.bf16" for n in (128, 64, 32)}
     # The first operand comes from registers.
     assert re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{[^}]*\}, ", ptx)
     assert "setmaxnreg.inc" in ptx
-    assert "cp.async.bulk.tensor.2d" in ptx
+    assert "cp.async.bulk.tensor.4d" in ptx
     assert made.metadata.shared <= 227 * 1024
+    # Codes are read by ordinary loads: before the next copy may write, a fence.
+    loop = ptx[ptx.index("wgmma.mma_async") :]
+    assert loop.index("fence.proxy.async") < loop.index("mbarrier.arrive.shared")
     cubin = tmp_path / "gemm.cubin"
     cubin.write_bytes(made.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    )
-    stack = [int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout)]
+    stack = [int(n) for n in re.findall(r"STACK:(\d+)", tool("cuobjdump", "-res-usage", cubin))]
     assert stack
-    assert max(stack) == 0  # no sums that do not fit into the registers
+    assert max(stack) <= 16  # no sums that do not fit into the registers
+    code = tool("nvdisasm", "-c", cubin)
+    # Short of registers, the assembler would wait for each product before the next.
+    assert 0 < 4 * code.count("WARPGROUP.DEPBAR") < code.count("HGMMA")
+
+
+def tool(name, *arguments):
+    """What a tool that comes with Triton prints."""
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_hidden_columns_are_where_the_second_gemm_reads_them():
+    """The order of stored columns is that of rows `j % 8 // 2`'s warp; see `_hidden_position`."""
     intermediate, seen = 512, set()
-    for block in range(intermediate // 64):
-        for who in range(2):
+    for block in range(intermediate // 128):
+        for quarter in range(4):
             for j in range(32):
-                g = j % 8 // 2 * 8 + j % 2 * 4 + j // 8 % 2 * 2 + j // 16
-                n, gate = wide_device._row.fn(who, 0, g, 3, block, intermediate, True)
-                m, up = wide_device._row.fn(who, 1, g, 3, block, intermediate, True)
-                assert n == m
-                assert (gate, up) == (6 * intermediate + n, 7 * intermediate + n)
-                position = wide_device._hidden_position.fn(who, j, block)
+                warp, row = j % 8 // 2, j % 2 * 4 + j // 8 % 2 * 2 + j // 16
+                n = wide_device._first_row.fn(quarter, warp, block, True) + row
+                position = wide_device._hidden_position.fn(quarter, j, block)
                 assert position == _nvfp4_position.fn(n)
                 seen.add(position)
     assert seen == set(range(intermediate))
@@ -93,12 +101,45 @@ def test_hidden_columns_are_where_the_second_gemm_reads_them():
 
 def test_output_rows_are_in_the_order_of_the_mma():
     for block in range(3):
-        for who in range(2):
+        for quarter in range(4):
             for row in range(64):  # warp, half, row of eight
-                g = row // 16 * 8 + row % 8
-                n, weight = wide_device._row.fn(who, row // 8 % 2, g, 2, block, 1024, False)
-                assert n == block * 128 + who * 64 + row
-                assert weight == 2 * 1024 + n
+                n = wide_device._first_row.fn(quarter, row // 16, block, False) + row % 16
+                assert n == block * 256 + quarter * 64 + row
+
+
+def copied(view, first):
+    """What one copy brings, as rows of words."""
+    boxed = view.base.as_strided(view.shape, view.strides)
+    return boxed[tuple(slice(f, f + b) for f, b in zip(first, view.block_shape, strict=True))]
+
+
+@pytest.mark.parametrize("intermediate", [256, 192])
+def test_a_copy_brings_the_rows_of_an_mma(intermediate):
+    """Each word of w13 says expert, matrix and row; the last groups may be missing, not others'."""
+    experts, hidden = 3, 256
+    e, m, n = torch.meshgrid(*map(torch.arange, (experts, 2, intermediate)), indexing="ij")
+    label = ((e * 2 + m) * 1000 + n).int().reshape(experts, -1, 1)
+    codes = label.expand(-1, -1, hidden // 8).contiguous().view(torch.uint8)
+    view = wide._gate_up_words(codes)
+    for expert in range(experts):
+        for block in range((intermediate + 127) // 128):
+            for quarter in range(4):
+                n = wide_device._first_row.fn(quarter, 0, block, True)
+                first = [2 * expert * intermediate // 64 + n // 64, 0, n % 64, 0]
+                for warp, group in enumerate(copied(view, first)):
+                    n = wide_device._first_row.fn(quarter, warp, block, True)
+                    if n < intermediate:
+                        for half in range(2):
+                            want = (expert * 2 + half) * 1000 + n + torch.arange(8)
+                            assert torch.equal(group[half, :, 0], want.int())
+    end = view.base.numel()
+    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+    assert last == end - 1  # nothing past the end of the tensor
+
+    down = torch.arange(experts * 64).int().reshape(experts, 64, 1).expand(-1, -1, 32)
+    view = wide._down_words(down.contiguous().view(torch.uint8))
+    box = copied(view, [2 * 64 // 16, 0, 0, 0])
+    assert torch.equal(box[..., 0].flatten(), torch.arange(2 * 64, 3 * 64).int())
 
 
 def layer(intermediate=2048, **changes):
@@ -113,7 +154,7 @@ def test_many_tokens_are_its_business(monkeypatch):
     for version in ((3, 6), (3, 9)):
         monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
         assert isinstance(choose(layer(), 4096), Wide)
-        assert isinstance(choose(layer(), 1024), Tiles)
+        assert isinstance(choose(layer(), 512), Tiles)
         assert isinstance(choose(layer(320), 4096), Tiles)  # 320 of 512 columns
     assert choose(layer(), 4096).activation_groups(layer()) is None
     monkeypatch.setattr(tiles, "triton_version", lambda: (3, 5))
@@ -122,10 +163,16 @@ def test_many_tokens_are_its_business(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "choice"),
-    [({}, Wide(6, 5)), ({}, Wide(5, 1)), ({"format": "fp8_block"}, Wide(5, 5))],
-    ids=["too-much-memory", "half-a-step", "fp8"],
+    [
+        ({}, Wide(5, 2)),
+        ({}, Wide(1, 2)),
+        ({}, Wide(2, 0)),
+        ({"format": "fp8_block"}, Wide(4, 2)),
+        ({"intermediate": 2080}, Wide(4, 2)),
+    ],
+    ids=["too-much-memory", "half-a-step", "no-codes", "fp8", "not-in-groups-of-64"],
 )
 def test_what_it_cannot_take_is_refused(changes, choice):
-    check(layer(), Wide(5, 5))
+    check(layer(), Wide(4, 2))
     with pytest.raises(AssertionError):
         check(layer(**changes), choice)

@@ -122,7 +122,7 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
     layer = SHAPES[name].layer()
     found = candidates(layer, tokens)
     assert found[0] == tiles.choose(layer, tokens)
-    assert (4 if isinstance(found[0], Prefill | Wide) else 10) <= len(found) <= 30
+    assert (3 if isinstance(found[0], Prefill | Wide) else 10) <= len(found) <= 30
     assert len(set(found)) == len(found)
     assert all(sound(layer, tokens, c) for c in found)
 

@@ -340,8 +340,8 @@ def _check_wide(layer: LayerConfig, tokens: int, choice: Wide) -> None:
 _WIDE = Method(
     kind=Wide,
     check=_check_wide,
-    ladders={"stages13": (2, 3, 4, 5), "stages2": (2, 3, 4, 5)},
-    settle=lambda layer, choice: choice,
+    ladders={"tokens": (2, 3, 4), "codes": (2, 3, 4)},
+    settle=lambda layer, choice: replace(choice, codes=min(choice.codes, 6 - choice.tokens)),
     here=lambda choice: tiles.prefill_asked(Nvfp4Weights.name) and tiles.triton_version() >= (3, 6),
 )
 

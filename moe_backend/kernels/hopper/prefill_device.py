@@ -211,6 +211,7 @@ def _multiply(
                             acc1, acc0 = _add_product(acc1, acc0, aj, wj, zero, sa, sw1, SCALE_N)
                         sw0 = next_sw0
                         sw1 = next_sw1
+                fence_async_shared()  # the tokens' scales are read before others are copied there
                 mbarrier.arrive(empty.index(s), count=1)
                 i += 1
             if GATED:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_backend.kernels.hopper.device import _nvfp4_column
+from moe_backend.kernels.hopper.device import _in_nvfp4_order
 
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 
@@ -104,8 +104,7 @@ def permute_kernel(
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    source = column if QUANTISED else _nvfp4_column(column)
-    value = tl.load(x + token * H + source, mask=source < H, other=0.0).to(tl.float32)
+    value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
     if QUANTISED:
@@ -113,6 +112,8 @@ def permute_kernel(
         scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
         value = value / scale[:, None]
     code = value.to(operand.dtype.element_ty)
+    if not QUANTISED:
+        code = _in_nvfp4_order(code, GROUPS * 128)
     groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k

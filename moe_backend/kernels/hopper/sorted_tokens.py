@@ -12,7 +12,7 @@ from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.registry import LayerConfig
 
 TILE_TOKENS = 128
-CHUNK = 1024  # slots that one program of the routing sorts
+CHUNK = 512  # slots that one program of the routing sorts
 # Not for the first launch: it reads the routing at once, so it must wait for what came before it,
 # as launches do. Overlapped, it may read ids that are still to come.
 PDL: dict[str, Any] = {"PDL": True, "launch_pdl": True}

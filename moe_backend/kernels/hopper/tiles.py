@@ -115,12 +115,12 @@ class Wide:
     """NVFP4 with many tokens per expert (`wide.py`).
 
     Attributes:
-        stages13, stages2: halves of a step of 256 columns for whose tokens shared memory has room,
-            2 to 5.
+        tokens: halves of a step of 256 columns for whose tokens shared memory has room, from 2.
+        codes: steps for whose codes it has room; together at most 6.
     """
 
-    stages13: int
-    stages2: int
+    tokens: int
+    codes: int
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
@@ -136,6 +136,7 @@ FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
 FEW_SLOTS, FEW_BYTES = 64, 250e6
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
+WIDE = 24  # and for NVFP4
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -236,8 +237,8 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
 def _nvfp4(layer: LayerConfig, slots: float) -> Tiles | Wide:
     i = layer.intermediate_size
     sorted_tokens = prefill_asked(layer.format) and triton_version() >= (3, 6)
-    if sorted_tokens and slots >= 48 and cdiv(i, 256) * 256 <= 1.1 * i:
-        return Wide(5, 5)  # it works on whole blocks of 256 hidden columns
+    if sorted_tokens and slots >= WIDE and i % 64 == 0 and cdiv(i, 256) * 256 <= 1.1 * i:
+        return Wide(4, 2)  # it works on whole blocks of 256 hidden columns
     if slots <= 4:
         return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
     if slots <= 40:

@@ -12,6 +12,8 @@ from moe_backend.kernels.hopper.tiles import Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
+SLOTS = 6  # of 32 KiB each; the rest of shared memory is for outputs on their way
+
 
 def run(
     layer: LayerConfig,
@@ -36,26 +38,52 @@ def run(
     constants = activation.limit or 0.0, activation.alpha, activation.beta
     programs = multiprocessors(x.device)
     shared = {
-        "ACTIVATION": ACTIVATIONS[activation.kind], "CONSUMER_REGISTERS": 232,
-        "COPY_REGISTERS": 40, "num_warps": 4, **PDL,
+        "X_SLOTS": choice.tokens, "W_SLOTS": choice.codes,
+        "ACTIVATION": ACTIVATIONS[activation.kind], "CONSUMER_REGISTERS": 240,
+        "COPY_REGISTERS": 24, "num_warps": 4, **PDL,
     }  # fmt: skip
     wide_device.gemm_kernel[(programs,)](
-        view(ordered.operand, 128, 128), view(ordered.operand, 64, 128), _words(w13), w13_scale,
-        w13_global, hidden, ordered.tiles, *constants, i, h, w13_scale.shape[2], hidden.shape[1],
-        X_SLOTS=choice.stages13, GATED=True, **shared,
+        *_tokens(ordered.operand), _gate_up_words(w13), w13_scale, w13_global, hidden,
+        ordered.tiles, *constants, i, h, w13_scale.shape[2], hidden.shape[1],
+        GATED=True, **shared,
     )  # fmt: skip
     wide_device.gemm_kernel[(programs,)](
-        view(hidden, 128, 128), view(hidden, 64, 128), _words(w2), w2_scale,
-        w2_global, partial, ordered.tiles, *constants, h, i, w2_scale.shape[2], h,
-        X_SLOTS=choice.stages2, GATED=False, **shared,
+        *_tokens(hidden), _down_words(w2), w2_scale, w2_global, partial,
+        ordered.tiles, *constants, h, i, w2_scale.shape[2], h,
+        GATED=False, **shared,
     )  # fmt: skip
     return combine(layer, ordered, partial)
 
 
-def _words(codes: torch.Tensor) -> object:
-    """All experts' rows of codes in words of eight; a copy brings eight rows of 32 words."""
-    words = codes.view(torch.int32)
-    return view(words.view(-1, words.shape[-1]), 8, 32)
+def _tokens(operand: torch.Tensor) -> tuple[object, ...]:
+    """Views with boxes for all tokens of a tile, half and a quarter of them."""
+    return tuple(view(operand, tokens, 64) for tokens in (128, 64, 32))
+
+
+def _gate_up_words(w13: torch.Tensor) -> object:
+    """`[groups of 64 rows, (gate, up), 64, H / 8]` words, from an expert's gate rows on.
+
+    Groups that would begin in the last expert's up rows have none 64 rows further on.
+    """
+    experts, rows, columns = w13.shape[0], w13.shape[1] // 2, w13.shape[2] // 4
+    shape = [(2 * experts - 1) * rows // 64, 2, 64, columns]
+    return _boxes(w13, shape, [64 * columns, rows * columns, columns, 1])
+
+
+def _down_words(w2: torch.Tensor) -> object:
+    """`[groups of 16 rows, 2, 8, I / 8]` words."""
+    columns = w2.shape[2] // 4
+    shape = [w2.shape[0] * w2.shape[1] // 16, 2, 8, columns]
+    return _boxes(w2, shape, [16 * columns, 8 * columns, columns, 1])
+
+
+def _boxes(codes: torch.Tensor, shape: list[int], strides: list[int]) -> object:
+    """Words of eight codes; a copy brings four groups of two times eight rows of 32."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    return TensorDescriptor(codes.view(torch.int32), shape, strides, [4, 2, 8, 32], layout)
 
 
 def check(layer: LayerConfig, choice: Wide) -> None:
@@ -64,5 +92,7 @@ def check(layer: LayerConfig, choice: Wide) -> None:
     # Rows of codes begin at multiples of 16 bytes.
     for size in (layer.hidden_size, layer.intermediate_size):
         assert size % 32 == 0, "sizes are multiples of 32"
-    for stages in (choice.stages13, choice.stages2):
-        assert 2 <= stages <= 5, "both halves of a step, and no more than shared memory holds"
+    assert layer.intermediate_size % 64 == 0, "copies bring gate and up rows in groups of 64"
+    assert choice.tokens >= 2, "both halves of a step"
+    assert choice.codes >= 1, "a step"
+    assert choice.tokens + choice.codes <= SLOTS, "no more than shared memory holds"

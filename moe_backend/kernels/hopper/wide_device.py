@@ -2,13 +2,13 @@
 
 As in `prefill_device.py`, slots are sorted by expert, one warp issues copies of weights and tokens
 and two warp groups multiply. Here weights are the first operand, from registers: each warp group
-decodes 64 of a tile's 128 weight rows once for all of its up to 128 tokens. While one decodes, the
-tensor cores work for the other.
+decodes 128 of a tile's 256 weight rows, 64 at a time, once for all of its up to 128 tokens. While
+the tensor cores multiply with what is decoded, it decodes the next.
 
-Weight rows come eight at a time, so that a tile may gather them from where it likes. Of an MMA's 64
-rows, each warp has two eights, and a thread one row of either. For the first GEMM these are a gate
-row and its up row; and a warp group's four warps take hidden columns 64 apart, which lie side by
-side in the order in which the second GEMM reads them (`device._nvfp4_position`).
+Of an MMA's 64 rows, each warp has two eights, and a thread one row of either. For the first GEMM
+these are a gate row and its up row; and a warp group's four warps take hidden columns 64 apart,
+which lie side by side in the order in which the second GEMM reads them (`device._nvfp4_position`).
+The accelerator sees the weights in groups of rows such that one copy brings an MMA's 64 rows.
 """
 
 from __future__ import annotations
@@ -24,64 +24,91 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_backend.kernels.hopper.device import _decode_nvfp4
+from moe_backend.kernels.hopper.device import _DECODE, _DECODE_SCALES
 from moe_backend.kernels.hopper.prefill_device import RENAMED, _activate_gluon, _load, _work
 
-TOKENS: tl.constexpr = tl.constexpr(128)  # of a tile
-ROWS: tl.constexpr = tl.constexpr(128)  # weight rows of a tile; of the first GEMM half are up rows
-STEP: tl.constexpr = tl.constexpr(256)  # columns of a step; their even and odd ones are two halves
-HALF_STEP: tl.constexpr = tl.constexpr(128)
+TOKENS: tl.constexpr = tl.constexpr(128)  # of a tile, at most; boxes of half and a quarter as well
+ROWS: tl.constexpr = tl.constexpr(256)  # weight rows of a tile; of the first GEMM half are up rows
+STEP: tl.constexpr = tl.constexpr(256)  # columns of a step; even and odd ones, and halves of these
+PART: tl.constexpr = tl.constexpr(64)  # columns of a product
 WORDS: tl.constexpr = tl.constexpr(32)  # of eight codes, in a step
 GROUPS: tl.constexpr = tl.constexpr(16)  # of scales, in a step
-W_SLOTS: tl.constexpr = tl.constexpr(2)  # steps of codes that shared memory holds
-# Thread t of four has words 8t..8t+7 of a row, and the scales of their four groups.
-CODES: tl.constexpr = tl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+# Thread t of four has words 8t..8t+7 of two rows eight apart, and the scales of their four groups.
+_ROWS_OF_LANES = [[1, 0], [2, 0], [4, 0]]
+_ROWS_OF_WARPS = [[16, 0], [32, 0]]
+X_LAYOUT: tl.constexpr = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+W_LAYOUT: tl.constexpr = tl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
+CODES: tl.constexpr = tl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], *_ROWS_OF_LANES], _ROWS_OF_WARPS, [],
+        [64, 32],
+    )
+)  # fmt: skip
 SCALES: tl.constexpr = tl.constexpr(
-    gl.SliceLayout(2, gl.BlockedLayout([1, 4, 2], [8, 4, 1], [4, 1, 1], [2, 1, 0]))
-)
-
-_decode_gluon = gluon.jit(_decode_nvfp4.fn)
+    gl.SliceLayout(
+        2,
+        gl.DistributedLinearLayout(
+            [[0, 0, 1], [0, 1, 0], [0, 2, 0], [8, 0, 0]],
+            [[0, 4, 0], [0, 8, 0], *[[*b, 0] for b in _ROWS_OF_LANES]],
+            [[*b, 0] for b in _ROWS_OF_WARPS], [], [64, 16, 2],
+        ),
+    )
+)  # fmt: skip
 
 
 @gluon.jit
-def _row(who, half, g, e, block, N, GATED: gl.constexpr):
-    """Row within its matrix, and among all experts' rows, of row `g` of 32 of a warp group's half.
+def _first_row(quarter, warp, block, GATED: gl.constexpr):
+    """In its matrix, the first of the two eights of rows that a warp has of a quarter of a tile.
 
-    Rows past the end of the matrix are another's.
+    The second are the up rows of these gate rows, or for the second GEMM the next eight.
     """
     if GATED:
-        n = block // 4 * 256 + g // 8 * 64 + block % 4 * 16 + who * 8 + g % 8
-        return n, (2 * e + half) * N + n
+        return block // 2 * 256 + warp * 64 + block % 2 * 32 + quarter * 8
     else:
-        n = block * 128 + who * 64 + g // 8 * 16 + half * 8 + g % 8
-        return n, e * N + n
+        return block * 256 + quarter * 64 + warp * 16
 
 
 @gluon.jit
-def _hidden_position(who, j, block):
-    """`device._nvfp4_position` of a warp group's hidden columns, in the order of positions.
+def _hidden_position(quarter, j, block):
+    """`device._nvfp4_position` of a quarter's 32 hidden columns, in the order of positions.
 
-    The j-th is that of row `j % 8 // 2 * 8 + j % 2 * 4 + j // 8 % 2 * 2 + j // 16`.
+    The j-th is that of warp `j % 8 // 2` and row `j % 2 * 4 + j // 8 % 2 * 2 + j // 16` of eight.
     """
-    return block // 4 * 256 + j // 16 * 128 + block % 4 * 32 + who * 16 + j % 16
+    return block // 2 * 256 + j // 16 * 128 + block % 2 * 64 + quarter * 16 + j % 16
 
 
 @gluon.jit
-def _view(buffer, SHAPE: gl.constexpr):
+def _view(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     """The same shared memory in another shape."""
     if RENAMED:
-        return buffer.reinterpret(buffer.dtype, SHAPE, buffer.layout)
+        return buffer.reinterpret(buffer.dtype, SHAPE, LAYOUT)
     else:
-        return buffer._reinterpret(buffer.dtype, SHAPE, buffer.layout)
+        return buffer._reinterpret(buffer.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
+def _copy_tokens(
+    x, x_smem, full, empty, i, m0, k0, N_TOKENS: gl.constexpr, X_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Both halves of a step's tokens, even and odd columns each."""
+    for half in gl.static_range(2):
+        s = (2 * i + half) % X_SLOTS
+        bar = full.index(s)
+        mbarrier.wait(empty.index(s), (((2 * i + half) // X_SLOTS) & 1) ^ 1)
+        mbarrier.expect(bar, 2 * 2 * N_TOKENS * PART)
+        for odd in gl.static_range(2):
+            to = x_smem.index(2 * s + odd)
+            if N_TOKENS < TOKENS:
+                to = _view(to, [N_TOKENS, PART], X_LAYOUT)
+            _load(x, [m0, k0 + odd * 128 + half * PART], bar, to)
 
 
 @gluon.jit
 def _copy(
-    x, x_few, w, x_smem, w_smem, x_full, x_empty, w_full, w_empty, tiles, blocks, N, K,
-    X_SLOTS: gl.constexpr, GATED: gl.constexpr,
+    x_all, x_half, x_quarter, w, x_smem, w_smem, x_full, x_empty, w_full, w_empty, tiles, blocks,
+    N, K, X_SLOTS: gl.constexpr, W_SLOTS: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: for each step, sixteen times eight weight rows and two halves of tokens."""
-    FEW: gl.constexpr = TOKENS // 2
+    """The copying warp: for each step, four times 64 weight rows and the tokens in four parts."""
     total = gl.load(tiles) * blocks
     i = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -91,53 +118,110 @@ def _copy(
             bar = w_full.index(s)
             mbarrier.wait(w_empty.index(s), ((i // W_SLOTS) & 1) ^ 1)
             mbarrier.expect(bar, 4 * ROWS * WORDS)
-            for who in gl.static_range(2):
-                for half in gl.static_range(2):
-                    to = _view(w_smem.index((s * 2 + who) * 2 + half), [4, 8, WORDS])
-                    for warp in gl.static_range(4):
-                        _, row = _row(who, half, warp * 8, e, block, N, GATED)
-                        _load(w, [row, k0 // 8], bar, to.index(warp))
-            for odd in gl.static_range(2):
-                s = (2 * i + odd) % X_SLOTS
-                bar = x_full.index(s)
-                to = x_smem.index(s)
-                mbarrier.wait(x_empty.index(s), (((2 * i + odd) // X_SLOTS) & 1) ^ 1)
-                if m0 + FEW < last:
-                    mbarrier.expect(bar, 2 * TOKENS * HALF_STEP)
-                    _load(x, [m0, k0 + odd * HALF_STEP], bar, to)
+            for quarter in gl.static_range(4):
+                n = _first_row(quarter, 0, block, GATED)
+                to = w_smem.index(s * 4 + quarter)
+                if GATED:
+                    _load(w, [2 * e * N // 64 + n // 64, 0, n % 64, k0 // 8], bar, to)
                 else:
-                    mbarrier.expect(bar, 2 * FEW * HALF_STEP)
-                    few = _view(to, [FEW, HALF_STEP])
-                    _load(x_few, [m0, k0 + odd * HALF_STEP], bar, few)
+                    _load(w, [e * N // 16 + n // 16, 0, 0, k0 // 8], bar, to)
+            if m0 + TOKENS // 2 < last:
+                _copy_tokens(x_all, x_smem, x_full, x_empty, i, m0, k0, TOKENS, X_SLOTS)
+            elif m0 + TOKENS // 4 < last:
+                _copy_tokens(x_half, x_smem, x_full, x_empty, i, m0, k0, TOKENS // 2, X_SLOTS)
+            else:
+                _copy_tokens(x_quarter, x_smem, x_full, x_empty, i, m0, k0, TOKENS // 4, X_SLOTS)
             i += 1
 
 
 @gluon.jit
-def _rows_of_mma(first, second, A: gl.constexpr):
-    """[32, HALF_STEP] of both halves as the operand of an MMA, in turns of eight rows."""
-    both = gl.join(first, second).reshape(4, 8, HALF_STEP, 2).permute(0, 3, 1, 2)
-    return gl.convert_layout(both.reshape(64, HALF_STEP), A, assert_trivial=True)
+def _scale_rows(quarter, w_scale, e, block, N, rows, scale_columns, GATED: gl.constexpr):
+    """Where the scales of a quarter's rows begin, and which rows are below `rows`."""
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, SCALES))
+    n = _first_row(quarter, r // 16, block, GATED) + r % 8
+    second = r % 16 // 8
+    if GATED:
+        row = (2 * e + second) * N + n
+    else:
+        n += second * 8
+        row = e * N + n
+    return w_scale + row.to(gl.int64)[:, None] * scale_columns, n < rows
 
 
 @gluon.jit
-def _scale_rows(who, w_scale, e, block, N, rows, scale_columns, GATED: gl.constexpr):
-    """Where the scales of a warp group's two halves begin, and which of them are below `rows`."""
-    g = gl.arange(0, 32, layout=gl.SliceLayout(1, SCALES))
-    n0, row0 = _row(who, 0, g, e, block, N, GATED)
-    n1, row1 = _row(who, 1, g, e, block, N, GATED)
-    s0 = w_scale + row0.to(gl.int64)[:, None] * scale_columns
-    s1 = w_scale + row1.to(gl.int64)[:, None] * scale_columns
-    return s0, s1, n0 < rows, n1 < rows
-
-
-@gluon.jit
-def _scales(s0, s1, inside0, inside1, step, scale_columns):
-    """Both halves' scales of a step; 0 outside the matrix."""
+def _scales(row, inside, step, scale_columns):
+    """The scales of a step; 0 outside the matrix."""
     group = step * GROUPS + gl.arange(0, GROUPS, layout=gl.SliceLayout(0, SCALES))
-    inside = (group < scale_columns)[None, :]
-    scale0 = gl.load(s0 + group[None, :], mask=inside0[:, None] & inside, other=0.0)
-    scale1 = gl.load(s1 + group[None, :], mask=inside1[:, None] & inside, other=0.0)
-    return scale0, scale1
+    inside = inside[:, None] & (group < scale_columns)[None, :]
+    return gl.load(row + group[None, :], mask=inside, other=0.0)
+
+
+@gluon.jit
+def _first_scales(who, w_scale, e, block, N, rows, scale_columns, GATED: gl.constexpr):
+    """Of a tile's first step, for both quarters of a warp group."""
+    row0, inside0 = _scale_rows(2 * who, w_scale, e, block, N, rows, scale_columns, GATED)
+    row1, inside1 = _scale_rows(2 * who + 1, w_scale, e, block, N, rows, scale_columns, GATED)
+    scale0 = _scales(row0, inside0, 0, scale_columns)
+    return scale0, _scales(row1, inside1, 0, scale_columns)
+
+
+@gluon.jit
+def _spread(scale):
+    """A step's scales as bf16, one for each word of codes."""
+    spread = gl.inline_asm_elementwise(
+        _DECODE_SCALES, "=r,=r,r", [scale.to(gl.uint8, bitcast=True)], dtype=gl.bfloat16,
+        is_pure=True, pack=4,
+    )  # fmt: skip
+    return gl.convert_layout(
+        gl.expand_dims(spread, 2).broadcast_to([64, GROUPS, 2]).reshape(64, WORDS),
+        CODES,
+        assert_trivial=True,
+    )
+
+
+@gluon.jit
+def _halves(words):
+    """Of each thread's eight words of a row, the first and the last four."""
+    return gl.split(words.reshape(64, 4, 2, 4).permute(0, 1, 3, 2))
+
+
+@gluon.jit
+def _settled(operand):
+    """The same, computed here.
+
+    An operand that is still being computed behind the fence that precedes an MMA makes the
+    assembler wait for each MMA before the next.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [operand], dtype=gl.bfloat16, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def _decode(words, spread, A: gl.constexpr):
+    """[64, PART] even and odd columns of half a step."""
+    e0, e2, e1, e3, o0, o2, o1, o3 = gl.inline_asm_elementwise(
+        _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [words, spread],
+        dtype=(
+            gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
+            gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
+        ),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    even = gl.join(gl.join(e0, e1), gl.join(e2, e3))  # bytes 0, 2, 1, 3
+    odd = gl.join(gl.join(o0, o1), gl.join(o2, o3))
+    even = even.permute(0, 2, 3, 1, 4).reshape(64, PART)
+    odd = odd.permute(0, 2, 3, 1, 4).reshape(64, PART)
+    even = gl.convert_layout(even, A, assert_trivial=True)
+    return _settled(even), _settled(gl.convert_layout(odd, A, assert_trivial=True))
+
+
+@gluon.jit
+def _tokens_of_half(x_smem, slot, N_TOKENS: gl.constexpr):
+    """Even and odd columns of half a step, as the second operand of MMAs."""
+    even = _view(x_smem.index(2 * slot), [N_TOKENS, PART], X_LAYOUT).permute((1, 0))
+    odd = _view(x_smem.index(2 * slot + 1), [N_TOKENS, PART], X_LAYOUT).permute((1, 0))
+    return even, odd
 
 
 @gluon.jit
@@ -145,9 +229,10 @@ def _product(
     WHO: gl.constexpr, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
     limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e, next_rows,
     N, K, scale_columns, width,
-    N_TOKENS: gl.constexpr, X_SLOTS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    N_TOKENS: gl.constexpr, X_SLOTS: gl.constexpr, W_SLOTS: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """A warp group's part of a tile of up to N_TOKENS tokens, from step `i` on.
+    """A warp group's two quarters of a tile of up to N_TOKENS tokens, from step `i` on.
 
     `scale0` and `scale1` are those of its first step; those of the next tile's are returned.
     """
@@ -155,41 +240,86 @@ def _product(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N_TOKENS, 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
-    s0, s1, inside0, inside1 = _scale_rows(WHO, w_scale, e, block, N, N, scale_columns, GATED)
-    acc = gl.zeros([64, N_TOKENS], gl.float32, layout=MMA)
+    # Whether registers are left to decode while the tensor cores multiply for this warp group, too.
+    # Where they are not, the assembler would wait for every single MMA.
+    DEEP: gl.constexpr = N_TOKENS < 128
+    row0, inside0 = _scale_rows(2 * WHO, w_scale, e, block, N, N, scale_columns, GATED)
+    row1, inside1 = _scale_rows(2 * WHO + 1, w_scale, e, block, N, N, scale_columns, GATED)
+    acc0 = gl.zeros([64, N_TOKENS], gl.float32, layout=MMA)
+    acc1 = acc0
     for k0 in range(0, K, STEP):
         # The scales of the next step are on their way while this is multiplied.
-        next0, next1 = _scales(s0, s1, inside0, inside1, k0 // STEP + 1, scale_columns)
+        next0 = _scales(row0, inside0, k0 // STEP + 1, scale_columns)
+        next1 = _scales(row1, inside1, k0 // STEP + 1, scale_columns)
         s = i % W_SLOTS
-        mbarrier.wait(w_full.index(s), (i // W_SLOTS) & 1)
-        codes0 = w_smem.index((s * 2 + WHO) * 2).load(CODES)
-        codes1 = w_smem.index((s * 2 + WHO) * 2 + 1).load(CODES)
-        mbarrier.arrive(w_empty.index(s), count=1)
-        even0, odd0 = _decode_gluon(codes0, scale0, 32, True, gl.bfloat16)
-        even1, odd1 = _decode_gluon(codes1, scale1, 32, True, gl.bfloat16)
-        even = _rows_of_mma(even0, even1, A)
-        odd = _rows_of_mma(odd0, odd1, A)
         xs = (2 * i) % X_SLOTS
         ys = (2 * i + 1) % X_SLOTS
+        mbarrier.wait(w_full.index(s), (i // W_SLOTS) & 1)
+        codes = _view(w_smem.index(s * 4 + 2 * WHO), [64, WORDS], W_LAYOUT).load(CODES)
+        codes_x, codes_y = _halves(codes)
+        spread_x, spread_y = _halves(_spread(scale0))
+        even, odd = _decode(codes_x, spread_x, A)
         mbarrier.wait(x_full.index(xs), ((2 * i) // X_SLOTS) & 1)
-        x = _view(x_smem.index(xs), [N_TOKENS, HALF_STEP])
-        part = warpgroup_mma(even, x.permute((1, 0)), acc, is_async=True)
+        xe, xo = _tokens_of_half(x_smem, xs, N_TOKENS)
+        acc0 = warpgroup_mma(even, xe, acc0, is_async=True)
+        acc0 = warpgroup_mma(odd, xo, acc0, is_async=True)
+        if not DEEP:
+            acc0, even, odd = warpgroup_mma_wait(0, deps=[acc0, even, odd])
+        even1, odd1 = _decode(codes_y, spread_y, A)
         mbarrier.wait(x_full.index(ys), ((2 * i + 1) // X_SLOTS) & 1)
-        x = _view(x_smem.index(ys), [N_TOKENS, HALF_STEP])
-        part = warpgroup_mma(odd, x.permute((1, 0)), part, is_async=True)
-        even = warpgroup_mma_wait(1, deps=[even])
+        ye, yo = _tokens_of_half(x_smem, ys, N_TOKENS)
+        acc0 = warpgroup_mma(even1, ye, acc0, is_async=True)
+        acc0 = warpgroup_mma(odd1, yo, acc0, is_async=True)
+        if not DEEP:
+            acc0, even1, odd1 = warpgroup_mma_wait(0, deps=[acc0, even1, odd1])
+        codes = _view(w_smem.index(s * 4 + 2 * WHO + 1), [64, WORDS], W_LAYOUT).load(CODES)
+        # Else the accelerator may overwrite codes before they are read: the barrier alone orders
+        # its writes behind its own reads only. Seen: a few rows wrong in one call of two.
+        fence_async_shared()
+        mbarrier.arrive(w_empty.index(s), count=1)
+        codes_x, codes_y = _halves(codes)
+        spread_x, spread_y = _halves(_spread(scale1))
+        if DEEP:
+            even, odd = warpgroup_mma_wait(2, deps=[even, odd])
+        even, odd = _decode(codes_x, spread_x, A)
+        acc1 = warpgroup_mma(even, xe, acc1, is_async=True)
+        acc1 = warpgroup_mma(odd, xo, acc1, is_async=True)
+        if DEEP:
+            acc0, even1, odd1 = warpgroup_mma_wait(2, deps=[acc0, even1, odd1])
+        else:
+            acc1, even, odd = warpgroup_mma_wait(0, deps=[acc1, even, odd])
+        even1, odd1 = _decode(codes_y, spread_y, A)
+        acc1 = warpgroup_mma(even1, ye, acc1, is_async=True)
+        acc1 = warpgroup_mma(odd1, yo, acc1, is_async=True)
+        if DEEP:
+            even, odd = warpgroup_mma_wait(2, deps=[even, odd])
         mbarrier.arrive(x_empty.index(xs), count=1)
-        acc, odd = warpgroup_mma_wait(0, deps=[part, odd])
+        acc1, even1, odd1 = warpgroup_mma_wait(0, deps=[acc1, even1, odd1])
         mbarrier.arrive(x_empty.index(ys), count=1)
         scale0 = next0
         scale1 = next1
         i += 1
     # And so are the first ones of the next tile.
-    s0, s1, inside0, inside1 = _scale_rows(
+    scale0, scale1 = _first_scales(
         WHO, w_scale, next_e, next_block, N, next_rows, scale_columns, GATED
     )
-    scale0, scale1 = _scales(s0, s1, inside0, inside1, 0, scale_columns)
-    # The decoder leaves out 2**8.
+    _store(
+        acc0, 2 * WHO, w_global, out, limit, alpha, beta, block, e, m0, last, N, width, N_TOKENS,
+        GATED, ACTIVATION,
+    )  # fmt: skip
+    _store(
+        acc1, 2 * WHO + 1, w_global, out, limit, alpha, beta, block, e, m0, last, N, width,
+        N_TOKENS, GATED, ACTIVATION,
+    )  # fmt: skip
+    return i, scale0, scale1
+
+
+@gluon.jit
+def _store(
+    acc, QUARTER: gl.constexpr, w_global, out, limit, alpha, beta, block, e, m0, last, N, width,
+    N_TOKENS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """What a quarter's sums with all tokens become. The decoder leaves out 2**8."""
     if GATED:
         gate, up = gl.split(acc.reshape(4, 2, 8, N_TOKENS).permute(0, 2, 3, 1))
         gate = gate * (gl.load(w_global + 2 * e) * 256.0)
@@ -202,7 +332,7 @@ def _product(
         h = gl.convert_layout(h, LINES)
         m = m0 + gl.arange(0, N_TOKENS, layout=gl.SliceLayout(1, LINES))
         j = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
-        p = _hidden_position(WHO, j, block)
+        p = _hidden_position(QUARTER, j, block)
         gl.store(out + m.to(gl.int64)[:, None] * width + p[None, :], h, mask=(m < last)[:, None])
     else:
         y = (acc * (gl.load(w_global + e) * 256.0)).to(gl.bfloat16).permute((1, 0))
@@ -210,28 +340,27 @@ def _product(
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0])
         y = gl.convert_layout(y, LINES)
         m = m0 + gl.arange(0, N_TOKENS, layout=gl.SliceLayout(1, LINES))
-        n = block * 128 + WHO * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, LINES))
+        n = block * 256 + QUARTER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, LINES))
         gl.store(
             out + m.to(gl.int64)[:, None] * width + n[None, :], y,
             mask=(m < last)[:, None] & (n < N)[None, :],
         )  # fmt: skip
-    return i, scale0, scale1
 
 
 @gluon.jit
 def _multiply(
     WHO: gl.constexpr, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
     tiles, limit, alpha, beta, blocks, N, K, scale_columns, width,
-    X_SLOTS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    X_SLOTS: gl.constexpr, W_SLOTS: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warp group: one half of each tile's weight rows with all of its tokens."""
+    """A multiplying warp group: half of each tile's weight rows with all its tokens."""
     total = gl.load(tiles) * blocks
     i = 0
     t = gl.program_id(0)
     block, e, m0, last = _work(gl.maximum(gl.minimum(t, total - 1), 0), tiles, blocks)
     rows = gl.where(t < total, N, 0)
-    s0, s1, inside0, inside1 = _scale_rows(WHO, w_scale, e, block, N, rows, scale_columns, GATED)
-    scale0, scale1 = _scales(s0, s1, inside0, inside1, 0, scale_columns)
+    scale0, scale1 = _first_scales(WHO, w_scale, e, block, N, rows, scale_columns, GATED)
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         following = t + gl.num_programs(0)
         next_rows = gl.where(following < total, N, 0)
@@ -242,13 +371,22 @@ def _multiply(
             i, scale0, scale1 = _product(
                 WHO, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
                 limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e,
-                next_rows, N, K, scale_columns, width, TOKENS, X_SLOTS, GATED, ACTIVATION,
+                next_rows, N, K, scale_columns, width, TOKENS, X_SLOTS, W_SLOTS, GATED,
+                ACTIVATION,
+            )  # fmt: skip
+        elif m0 + TOKENS // 4 < last:
+            i, scale0, scale1 = _product(
+                WHO, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
+                limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e,
+                next_rows, N, K, scale_columns, width, TOKENS // 2, X_SLOTS, W_SLOTS,
+                GATED, ACTIVATION,
             )  # fmt: skip
         else:
             i, scale0, scale1 = _product(
                 WHO, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out,
                 limit, alpha, beta, i, block, e, m0, last, scale0, scale1, next_block, next_e,
-                next_rows, N, K, scale_columns, width, TOKENS // 2, X_SLOTS, GATED, ACTIVATION,
+                next_rows, N, K, scale_columns, width, TOKENS // 4, X_SLOTS, W_SLOTS,
+                GATED, ACTIVATION,
             )  # fmt: skip
         block = next_block
         e = next_e
@@ -258,25 +396,29 @@ def _multiply(
 
 @gluon.jit
 def gemm_kernel(
-    x, x_few, w, w_scale, w_global, out, tiles, limit, alpha, beta, N, K, scale_columns, width,
-    X_SLOTS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, PDL: gl.constexpr,
+    x_all, x_half, x_quarter, w, w_scale, w_global, out, tiles, limit, alpha, beta, N, K,
+    scale_columns, width,
+    X_SLOTS: gl.constexpr, W_SLOTS: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr, PDL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One GEMM of all experts.
 
     Args:
-        x: accelerator's view of `[positions, K up to a multiple of 256]` bf16 activations, columns
-            in the order of `device._nvfp4_position`, in boxes of 128 rows and columns.
-        x_few: the same in boxes of 64 rows.
-        w: accelerator's view of `[experts' rows, K / 8]` words of eight codes, in boxes of 8 rows.
+        x_all, x_half, x_quarter: accelerator's views of `[positions, K up to a multiple of 256]`
+            bf16 activations, columns in the order of `device._nvfp4_position`, in boxes of PART
+            columns and all, half, a quarter of TOKENS rows.
+        w: of words of eight codes, `[groups of rows, (gate, up), rows of a group, K / 8]` for the
+            first GEMM and `[groups of 16 rows, 2, 8, K / 8]` for the second, in boxes of 4, 2, 8
+            and WORDS.
         w_scale: e4m3, `[experts' rows, scale_columns]`.
         w_global: fp32, `[experts, (gate, up)]`, or one per expert.
-        out: `[positions, width]` bf16; for the first GEMM (GATED) columns as those of `x`.
+        out: `[positions, width]` bf16; for the first GEMM (GATED) columns as those of `x_all`.
         N: rows of an expert's gate (or up) for the first GEMM, of its w2 for the second.
-        X_SLOTS: halves of steps of tokens that shared memory holds.
+        X_SLOTS, W_SLOTS: halves of steps of tokens, and steps of codes, that shared memory holds.
     """
-    x_smem = gl.allocate_shared_memory(gl.bfloat16, [X_SLOTS, TOKENS, HALF_STEP], x.layout)
-    w_smem = gl.allocate_shared_memory(gl.int32, [W_SLOTS * 4, 32, WORDS], w.layout)
+    x_smem = gl.allocate_shared_memory(gl.bfloat16, [2 * X_SLOTS, TOKENS, PART], x_all.layout)
+    w_smem = gl.allocate_shared_memory(gl.int32, [W_SLOTS * 4, 4, 2, 8, WORDS], w.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -291,20 +433,22 @@ def gemm_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    blocks = gl.cdiv(N, STEP) * 4 if GATED else gl.cdiv(N, ROWS)
+    blocks = gl.cdiv(N, STEP) * 2 if GATED else gl.cdiv(N, ROWS)
     gl.warp_specialize(
         [
             (_multiply, (
                 0, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out, tiles,
-                limit, alpha, beta, blocks, N, K, scale_columns, width, X_SLOTS, GATED, ACTIVATION,
+                limit, alpha, beta, blocks, N, K, scale_columns, width, X_SLOTS, W_SLOTS, GATED,
+                ACTIVATION,
             )),
             (_multiply, (
                 1, x_smem, w_smem, x_full, x_empty, w_full, w_empty, w_scale, w_global, out, tiles,
-                limit, alpha, beta, blocks, N, K, scale_columns, width, X_SLOTS, GATED, ACTIVATION,
+                limit, alpha, beta, blocks, N, K, scale_columns, width, X_SLOTS, W_SLOTS, GATED,
+                ACTIVATION,
             )),
             (_copy, (
-                x, x_few, w, x_smem, w_smem, x_full, x_empty, w_full, w_empty, tiles, blocks, N, K,
-                X_SLOTS, GATED,
+                x_all, x_half, x_quarter, w, x_smem, w_smem, x_full, x_empty, w_full, w_empty,
+                tiles, blocks, N, K, X_SLOTS, W_SLOTS, GATED,
             )),
         ],
         [4, 1],
