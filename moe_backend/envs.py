@@ -25,15 +25,6 @@ KERNEL = Variable(
     "the first, in a fixed order of preference, that does not refuse the layer",
 )
 
-PREFILL = Variable(
-    "MOE_BACKEND_PREFILL",
-    "on: on Hopper GPUs, FP8 steps with many tokens per expert sort the tokens by expert and run "
-    "through warp-specialised kernels; faster from 14 tokens per expert on. all: packed NVFP4 as "
-    "well, from 48 (compiled, not run on hardware)",
-    "off: the FP8 kernels are right on an H200 by themselves, but crashed in vLLM there; what is "
-    "suspected has been repaired, and not been run through vLLM again",
-)
-
 NVFP4 = Variable(
     "MOE_BACKEND_NVFP4",
     "how NVFP4 experts are kept: packed (4 bits, as in the checkpoint), folded (converted to FP8 "
@@ -63,4 +54,4 @@ TUNED = Variable(
     "$XDG_CONFIG_HOME/moe-backend/tuned, else ~/.config/moe-backend/tuned",
 )
 
-VARIABLES = (KERNEL, PREFILL, NVFP4, ALL_REDUCE, WARMUP, TUNED)
+VARIABLES = (KERNEL, NVFP4, ALL_REDUCE, WARMUP, TUNED)

@@ -19,9 +19,9 @@ from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
 from moe_backend.kernels.registry import LayerConfig
 
 # Tokens per expert from which folding is worth 1.78 times the memory and some accuracy. Measured
-# on an H200 (`benchmarks/nvfp4_paths.py`, both through the Hopper kernels): folded is 1.04 times
-# faster at 1 token, 1.25 times at 16, 1.7 times at 32 and 2.3 times at 256.
-CROSSOVER_TOKENS_PER_EXPERT = 16
+# on an H200 (`moe-backend bench`, deepseek-v4-flash-ep8 and -folded, both through the Hopper
+# kernels): at 6 packed takes 0.78 of the time, at 24 0.96; at 96 folded takes 0.73 of it.
+CROSSOVER_TOKENS_PER_EXPERT = 32
 
 
 class Nvfp4Path(StrEnum):

@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("MOE_BACKEND_PREFILL", "all")  # so that what is off by default is tested
 
 from pathlib import Path
 

@@ -179,6 +179,18 @@ def test_zipf_is_skewed_and_uniform_is_not():
     assert share["zipf"] > 0.15
 
 
+@pytest.mark.parametrize("tokens", [2, 8, 64])
+def test_a_typical_routing_brings_this_rank_its_share(tokens):
+    shape = SHAPES["step-3.5-ep8"]
+    experts = 36 * (1 - (1 - 8 / 288) ** tokens)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        _, ids = route(shape, tokens, "typical", "cpu")
+        own = ids[ids < 36]
+        assert len(own) == pytest.approx(tokens, rel=0.15)  # tokens * 8 * 36 / 288
+        assert len(own.unique()) == pytest.approx(experts, rel=0.15)
+
+
 def test_something_always_falls_to_this_rank():
     torch.manual_seed(0)
     shape = replace(SMALL, experts=64, local=1, top_k=1)

@@ -19,7 +19,6 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moe_backend.kernels.hopper import prefill_device, tiles
-from moe_backend.kernels.hopper.methods import sound
 from moe_backend.kernels.hopper.prefill import check
 from moe_backend.kernels.hopper.tiles import Prefill, choose, triton_version
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
@@ -120,19 +119,6 @@ def test_many_tokens_are_its_business(monkeypatch):
     assert choose(layer(GRID, GRID), 4096).hidden == 64
     monkeypatch.setattr(tiles, "triton_version", lambda: (3, 5))
     assert not isinstance(choose(layer(GRID, GRID), 4096), Prefill)
-
-
-def test_it_runs_only_where_asked_for(monkeypatch):
-    assert isinstance(choose(layer(GRID, GRID), 4096), Prefill)
-    for value in ("off", ""):
-        monkeypatch.setenv("MOE_BACKEND_PREFILL", value)
-        assert not isinstance(choose(layer(GRID, GRID), 4096), Prefill)
-        assert not sound(layer(GRID, GRID), 4096, Prefill(64, 6, 128, 6))
-    monkeypatch.setenv("MOE_BACKEND_PREFILL", "on")
-    assert isinstance(choose(layer(GRID, GRID), 4096), Prefill)
-    monkeypatch.setenv("MOE_BACKEND_PREFILL", "yes")
-    with pytest.raises(ValueError, match="MOE_BACKEND_PREFILL='yes': off, on or all is expected"):
-        choose(layer(GRID, GRID), 4096)
 
 
 @pytest.mark.parametrize(

@@ -577,7 +577,7 @@ SIZES = "--format fp8_block --experts 288 --local 36 --top-k 8 --hidden 4096 --i
         (f"--shape step-3.5-ep8 {SIZES}", "2 of them found"),
         ("--format bf16 --experts 8", "--top-k, --hidden, --intermediate must be given"),
         (f"{SIZES} --tp 2", "go with --model"),
-        (f"{SIZES} --tokens 100000", "slices of 8192"),
+        (f"{SIZES} --tokens 100000", "slices of 16384"),
         ("--format bf16 --experts 8 --top-k 9 --hidden 64 --intermediate 64", "at most --experts"),
         ("--format bf16 --experts 8 --top-k 2 --hidden 60 --intermediate 64", "multiple of 8"),
         (SIZES, "torch sees no GPU"),

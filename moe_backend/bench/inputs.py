@@ -12,6 +12,7 @@ from moe_backend.kernels.reference import fused_experts
 
 ROUTINGS = ("uniform", "zipf")
 CHECKED_TOKENS = 64
+DRAWS = 64  # of which `typical` takes one
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,34 @@ def route(
 
     `uniform`: all experts equally likely. `zipf`: the expert of rank r in a random order has weight
     1/r. At least one slot goes to an expert of this rank, or there would be nothing to measure.
+    `typical`: uniform, and of many draws the one that hits this rank's experts the most nearly as
+    often as is to be expected; with few tokens a single draw may bring it three times as much.
     """
+    draws = DRAWS if routing == "typical" and shape.local < shape.experts else 1
     while True:
-        score = -torch.log(torch.rand(tokens, shape.experts, device=device))
-        if routing == "zipf":
-            rank = torch.randperm(shape.experts, device=device) + 1
-            score = score * rank  # the k smallest of exponentials with rates 1/rank
-        ids = score.topk(shape.top_k, dim=1, largest=False).indices.int()
+        drawn = [_draw(shape, tokens, routing, device) for _ in range(draws)]
+        ids = min(drawn, key=lambda ids: _off(shape, ids)) if draws > 1 else drawn[0]
         if (ids < shape.local).any():
             break
     weights = torch.rand(tokens, shape.top_k, device=device) + 0.1
     return weights / weights.sum(1, keepdim=True), ids
+
+
+def _draw(shape: Shape, tokens: int, routing: str, device: str) -> torch.Tensor:
+    score = -torch.log(torch.rand(tokens, shape.experts, device=device))
+    if routing == "zipf":
+        rank = torch.randperm(shape.experts, device=device) + 1
+        score = score * rank  # the k smallest of exponentials with rates 1/rank
+    return score.topk(shape.top_k, dim=1, largest=False).indices.int()
+
+
+def _off(shape: Shape, ids: torch.Tensor) -> float:
+    """How far from what is to be expected this rank's slots and experts are."""
+    tokens = len(ids)
+    slots = tokens * shape.top_k * shape.local / shape.experts
+    experts = shape.local * (1 - (1 - shape.top_k / shape.experts) ** tokens)
+    own = ids[ids < shape.local]
+    return abs(len(own) / slots - 1) + abs(len(own.unique()) / experts - 1)
 
 
 def make_inputs(

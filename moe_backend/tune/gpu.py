@@ -32,7 +32,7 @@ class GpuRunner:
     """`loop.Runner` for one layer and token count."""
 
     def __init__(self, shape: Shape, weights: Weights, tokens: int, jobs: int) -> None:
-        """Make inputs with uniform routing.
+        """Make inputs with a typical routing.
 
         Args:
             jobs: threads that compile.
@@ -42,7 +42,7 @@ class GpuRunner:
         self.tensors = HopperKernel().prepare(weights)
         self.jobs = jobs
         device = str(weights.w13.device)
-        self.given: Inputs = make_inputs(shape, weights, tokens, "uniform", device)
+        self.given: Inputs = make_inputs(shape, weights, tokens, "typical", device)
         self.sample = torch.randperm(tokens, device=device)[:CHECKED_TOKENS]
         self._expected: dict[tuple[int, int] | None, torch.Tensor] = {}
         self._captured: tuple[Choice, Callable[[], None], torch.Tensor] | None = None

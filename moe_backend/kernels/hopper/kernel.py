@@ -14,13 +14,14 @@ from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weig
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.hopper import few, prefill, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Wide, prefill_asked
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
 
-# Outputs before the sum over top-k: 2**28 in bf16 are half a GiB, 8192 tokens of Step-3.5.
-PARTIAL_ELEMENTS = 2**28
+# Outputs before the sum over top-k: 2**29 in bf16 are a GiB, 16384 tokens of Step-3.5. What is
+# beyond is computed in slices, which read the weights once each.
+PARTIAL_ELEMENTS = 2**29
 MAX_EXPERTS = 1024  # one program holds the schedule of all local experts in registers
 
 
@@ -38,7 +39,6 @@ class HopperKernel:
             return "it needs an NVIDIA Hopper GPU (compute capability 9.0)"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
-        prefill_asked(layer.format)  # a wrong value is an error now, not in the middle of serving
         return shape_refusal(layer)
 
     def preference(self, layer: LayerConfig) -> str:

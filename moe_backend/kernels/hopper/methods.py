@@ -320,8 +320,7 @@ _PREFILL = Method(
     settle=_settle_prefill,
     # As in `tiles`: halves of 128 rows need the registers that Triton 3.6 leaves.
     here=lambda choice: (
-        tiles.prefill_asked(Fp8BlockWeights.name)
-        and tiles.triton_version() >= (3, 6)
+        tiles.sorts_tokens()
         and (tiles.triton_version() == (3, 6) or (choice.hidden, choice.outputs) == (64, 128))
     ),
 )
@@ -342,7 +341,7 @@ _WIDE = Method(
     check=_check_wide,
     ladders={"tokens": (2, 3, 4), "codes": (2, 3, 4)},
     settle=lambda layer, choice: replace(choice, codes=min(choice.codes, 6 - choice.tokens)),
-    here=lambda choice: tiles.prefill_asked(Nvfp4Weights.name) and tiles.triton_version() >= (3, 6),
+    here=lambda choice: tiles.sorts_tokens(),
 )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from moe_backend import envs
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.registry import LayerConfig
@@ -187,24 +186,15 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def prefill_asked(name: str) -> bool:
-    """Whether MOE_BACKEND_PREFILL asks for sorted tokens with this weight format.
-
-    Raises:
-        ValueError: it is not one of off, on, all.
-    """
-    value = envs.PREFILL.get() or "off"
-    if value not in ("off", "on", "all"):
-        raise ValueError(f"{envs.PREFILL.name}={value!r}: off, on or all is expected")
-    return value == "all" or (value == "on" and name == Fp8BlockWeights.name)
+def sorts_tokens() -> bool:
+    """Whether the installed Triton has Gluon as `prefill_device.py` is written for it."""
+    return triton_version() >= (3, 6)
 
 
 def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
-    # Gluon as `prefill_device.py` is written for it came with Triton 3.6.
-    sorted_tokens = prefill_asked(layer.format) and triton_version() >= (3, 6)
-    if sorted_tokens and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
+    if sorts_tokens() and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
         # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
         # has registers enough: 3.6 has, 3.9 has not.
         i = layer.intermediate_size
@@ -236,8 +226,7 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
 
 def _nvfp4(layer: LayerConfig, slots: float) -> Tiles | Wide:
     i = layer.intermediate_size
-    sorted_tokens = prefill_asked(layer.format) and triton_version() >= (3, 6)
-    if sorted_tokens and slots >= WIDE and i % 64 == 0 and cdiv(i, 256) * 256 <= 1.1 * i:
+    if sorts_tokens() and slots >= WIDE and i % 64 == 0 and cdiv(i, 256) * 256 <= 1.1 * i:
         return Wide(4, 2)  # it works on whole blocks of 256 hidden columns
     if slots <= 4:
         return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
