@@ -715,7 +715,7 @@ def test_every_table_in_the_package_is_sound(monkeypatch, caplog):
             made = read(file, data["gpu"])
         assert file.name == table.file_name(data["gpu"])
         assert caplog.messages == []
-        assert made.to_data() == data
+        assert json.loads(json.dumps(made.to_data())) == data  # rows that read dropped are missed
 
 
 @pytest.mark.slow
