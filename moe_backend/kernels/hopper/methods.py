@@ -223,10 +223,7 @@ def _check_tiles(layer: LayerConfig, tokens: int, choice: Tiles) -> None:
             raise ValueError(f"{label}: {registers} registers of sums in a thread, 128 accepted")
     if choice.down.split:
         raise ValueError("down.split: only the first GEMM has gate and up rows")
-    try:
-        check_tiles(layer, choice.gate_up, choice.down)
-    except AssertionError as error:
-        raise ValueError(str(error)) from None
+    check_tiles(layer, choice.gate_up, choice.down)
 
 
 def _shared(layer: LayerConfig, tile: Tile, first: bool) -> int:
@@ -287,10 +284,7 @@ def _check_prefill(layer: LayerConfig, tokens: int, choice: Prefill) -> None:
     ):  # fmt: skip
         if not 2 <= stages <= most:
             raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
-    try:
-        prefill.check(layer, choice)
-    except AssertionError as error:
-        raise ValueError(str(error)) from None
+    prefill.check(layer, choice)
 
 
 def _most_stages(choice: Prefill) -> tuple[int, int]:
@@ -330,17 +324,16 @@ _PREFILL = Method(
 
 
 def _check_wide(layer: LayerConfig, tokens: int, choice: Wide) -> None:
-    try:
-        wide.check(layer, choice)
-    except AssertionError as error:
-        raise ValueError(str(error)) from None
+    wide.check(layer, choice)
 
 
 _WIDE = Method(
     kind=Wide,
     check=_check_wide,
     ladders={"tokens": (2, 3, 4), "codes": (2, 3, 4)},
-    settle=lambda layer, choice: replace(choice, codes=min(choice.codes, 6 - choice.tokens)),
+    settle=lambda layer, choice: replace(
+        choice, codes=min(choice.codes, wide.SLOTS - choice.tokens)
+    ),
     here=lambda choice: tiles.sorts_tokens(),
 )
 

@@ -7,7 +7,7 @@ import torch
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.hopper.sorted_tokens import PDL, TILE_TOKENS, combine, sort, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import Prefill
+from moe_backend.kernels.hopper.tiles import Prefill, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
@@ -64,14 +64,15 @@ def run(
 
 
 def check(layer: LayerConfig, choice: Prefill) -> None:
-    """Tiles that the device code would multiply with the wrong scale."""
+    """Raises ValueError for tiles that the device code would multiply with the wrong scale."""
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
-    assert choice.hidden in (64, 128)
-    assert choice.outputs in (128, 256)
+    require(choice.hidden in (64, 128), "hidden of 64 or 128")
+    require(choice.outputs in (128, 256), "outputs of 128 or 256")
     for wide, rows in ((choice.hidden, n13), (choice.outputs // 2, n2)):
         # 64 rows have one scale or several whole ones; 128 rows share those of their first half.
-        assert rows % wide == 0 or (wide == 64 and 64 % rows == 0), "scales of a tile's rows"
+        whole = rows % wide == 0 or (wide == 64 and 64 % rows == 0)
+        require(whole, "whole scales for a tile's rows")
     for columns in (k13, k2):
-        assert columns % 128 == 0 or 128 % columns == 0, "one scale for a part of a step"
+        require(columns % 128 == 0 or 128 % columns == 0, "one scale for a part of a step")

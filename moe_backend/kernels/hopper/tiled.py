@@ -9,7 +9,7 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.hopper.tiles import Tile, Tiles
+from moe_backend.kernels.hopper.tiles import Tile, Tiles, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 
@@ -119,15 +119,16 @@ def run(
 
 
 def check_tiles(layer: LayerConfig, first: Tile, second: Tile) -> None:
-    """Tiles that the device code would multiply with the wrong scale."""
-    assert not (first.split and layer.format == Nvfp4Weights.name), "NVFP4 tiles are not split"
+    """Raises ValueError for tiles that the device code would multiply with the wrong scale."""
+    require(not (first.split and layer.format == Nvfp4Weights.name), "NVFP4 tiles not split")
     if layer.w13_block is None or layer.w2_block is None:
         return
-    assert not first.split or layer.w13_block[0] % first.n == 0, "one scale for a split tile's rows"
-    assert 128 % first.k == 0, "one scale of the input for a step"
-    assert layer.w13_block[1] % first.k == 0, "one scale of w13 for a step"
-    assert first.n % second.k == 0, "one scale of the hidden columns for a step"
-    assert layer.w2_block[1] % second.k == 0, "one scale of w2 for a step"
+    (rows, k13), k2 = layer.w13_block, layer.w2_block[1]
+    require(not first.split or rows % first.n == 0, "one scale for a split tile's rows")
+    require(128 % first.k == 0, "one scale of the input for a step")
+    require(k13 % first.k == 0, "one scale of w13 for a step")
+    require(first.n % second.k == 0, "one scale of the hidden columns for a step")
+    require(k2 % second.k == 0, "one scale of w2 for a step")
 
 
 def _w13_view(w13: torch.Tensor, tile: Tile) -> Any:

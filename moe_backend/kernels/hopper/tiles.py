@@ -128,6 +128,13 @@ class Wide:
 
 Choice = Tiles | Prefill | Few | Wide
 
+
+def require(holds: bool, wanted: str) -> None:
+    """Raises ValueError unless a choice has what the device code is written for."""
+    if not holds:
+        raise ValueError(f"{wanted} expected")
+
+
 BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
 # Where matrix-vector products win: few tokens, narrow shards a few more, and not so many weights
 # that reading them takes all the time anyway.
