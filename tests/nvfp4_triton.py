@@ -1,6 +1,6 @@
 """The fused gather, quantisation and scatter over random routings, on the CPU or a GPU.
 
-    TRITON_INTERPRET=1 python tests/nvfp4_triton.py ROUTINGS
+    TRITON_INTERPRET=1 python tests/nvfp4_triton.py ROUTINGS [FIRST]
 
 Prints how many routings were checked.
 """
@@ -75,7 +75,8 @@ def check(seed: int, device: str = "cpu", block_m: int = 16) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     routings = int(sys.argv[1])
-    for seed in range(routings):
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    for seed in range(first, first + routings):
         check(seed, block_m=512 if seed % 10 else 16)
     print(routings)
 

@@ -1,6 +1,6 @@
 """The grouped GEMM in Triton on integer-valued problems, equal to the plain product or not at all.
 
-    TRITON_INTERPRET=1 python tests/nvfp4_triton_gemm.py PROBLEMS
+    TRITON_INTERPRET=1 python tests/nvfp4_triton_gemm.py PROBLEMS [FIRST]
 
 Prints how many problems were checked.
 """
@@ -20,7 +20,8 @@ from moe_backend.kernels.triton.nvfp4_gemm import grouped_gemm_op
 def main() -> None:
     torch.set_num_threads(1)
     problems = int(sys.argv[1])
-    for seed in range(problems):
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    for seed in range(first, first + problems):
         k, n = (64, 128, 192)[seed % 3], (128, 256)[seed // 3 % 2]
         *arguments, expected = integers(seed, k, n)
         out = grouped_gemm(*arguments, partial(grouped_gemm_op, interpreted=True))
