@@ -48,6 +48,17 @@ def test_slots_are_conserved(routing):
     assert kept + int((ids < 0).sum()) == ids.numel()
 
 
+def test_ids_beyond_the_last_expert_are_dropped():
+    ids = torch.tensor([[2, 0], [4, 3], [1 << 30, -7]], dtype=torch.int32)
+    dropped = torch.tensor([[2, 0], [-1, 3], [-1, -1]], dtype=torch.int32)
+    for rank in (None, 0, 1):
+        expert_map = None if rank is None else contiguous(4, 2).expert_map(rank)
+        local = 4 if expert_map is None else 2
+        found, expected = (plan_routing(i, local, expert_map) for i in (ids, dropped))
+        assert torch.equal(found.slots, expected.slots)
+        assert torch.equal(found.expert_offsets, expected.expert_offsets)
+
+
 IDS = torch.tensor([[2, 0], [0, -1], [3, 2]], dtype=torch.int32)
 
 

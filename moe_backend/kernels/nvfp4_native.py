@@ -125,7 +125,7 @@ class Nvfp4NativeKernel:
         # Back to the order of the tokens; in a fixed order of k, so that runs repeat bit for bit.
         by_slot = torch.empty_like(sums).index_copy_(0, plan.slots, sums)
         by_token = by_slot.view(*topk_ids.shape, w2.shape[1])[..., : layer.hidden_size].float()
-        mine = (local_ids(topk_ids, expert_map) >= 0)[..., None]
+        mine = local_ids(topk_ids, layer.num_local_experts, expert_map)[..., None] >= 0
         weighted = torch.where(mine, by_token * topk_weights.float()[..., None], 0.0)
         return weighted.sum(1).to(x.dtype)
 

@@ -68,7 +68,7 @@ class VllmCpuKernel:
     ) -> torch.Tensor:
         assert expert_map is None
         weights, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
-        dropped = ids < 0
+        dropped = (ids < 0) | (ids >= layer.num_experts)
         if bool(dropped.any()):
             weights = weights.masked_fill(dropped, 0.0)
             ids = ids.masked_fill(dropped, 0)

@@ -79,7 +79,7 @@ def check_conserved(
     Raises:
         ValueError: naming the expert or the slot.
     """
-    ids = local_ids(topk_ids, expert_map).flatten().tolist()
+    ids = local_ids(topk_ids, num_local_experts, expert_map).flatten().tolist()
     slots, ends = plan.slots.tolist(), plan.expert_offsets.tolist()
     if sorted(slots) != list(range(len(ids))):
         raise ValueError(

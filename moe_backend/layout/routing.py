@@ -38,11 +38,16 @@ class RoutingPlan:
         return starts[1:] - starts[:-1]
 
 
-def local_ids(topk_ids: torch.Tensor, expert_map: ExpertMap | torch.Tensor | None) -> torch.Tensor:
-    """Local expert slot of each id, -1 where it is -1 or lives on another rank.
+def local_ids(
+    topk_ids: torch.Tensor,
+    num_local_experts: int,
+    expert_map: ExpertMap | torch.Tensor | None,
+) -> torch.Tensor:
+    """Local expert slot of each id, -1 where it is none or lives on another rank.
 
     Args:
-        topk_ids: `[T, top_k]` global expert ids, -1 allowed.
+        topk_ids: `[T, top_k]` global expert ids. Engines mark rows that they leave out by -1, or by
+            the number of experts (vLLM does both).
         expert_map: `[num_experts]` int32, global id to local slot or -1; None when all experts
             are local. Not a 0/1 mask.
 
@@ -53,9 +58,10 @@ def local_ids(topk_ids: torch.Tensor, expert_map: ExpertMap | torch.Tensor | Non
         raise TypeError("an ExpertMask is given where an ExpertMap is needed")
     ids = topk_ids.long()
     if expert_map is None:
-        return ids
+        return torch.where((ids >= 0) & (ids < num_local_experts), ids, -1)
     table = expert_map.tensor if isinstance(expert_map, ExpertMap) else expert_map
-    return torch.where(ids >= 0, table.long()[ids.clamp(min=0)], ids)
+    last = len(table) - 1
+    return torch.where((ids >= 0) & (ids <= last), table.long()[ids.clamp(0, last)], -1)
 
 
 def plan_routing(
@@ -64,7 +70,7 @@ def plan_routing(
     expert_map: ExpertMap | torch.Tensor | None = None,
 ) -> RoutingPlan:
     """Group the slots of `topk_ids` `[T, top_k]` by local expert, without a host read."""
-    ids = local_ids(topk_ids, expert_map).flatten()
+    ids = local_ids(topk_ids, num_local_experts, expert_map).flatten()
     # Dropped slots sort behind the last expert. bincount would read its result back, scatter_add
     # does not.
     key = torch.where(ids < 0, num_local_experts, ids)

@@ -124,6 +124,7 @@ def route_kernel(
     slots,
     ends,
     num_slots,
+    num_ids,
     num_local,
     H,
     HAS_MAP: tl.constexpr,
@@ -148,7 +149,8 @@ def route_kernel(
             slot = first + tl.arange(0, CHUNK)
             expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
             if HAS_MAP:
-                expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+                known = (expert >= 0) & (expert < num_ids)
+                expert = tl.load(expert_map + expert, mask=known, other=-1)
             position += tl.sum(((expert >= 0) & (expert < pid)).to(tl.int32), 0)
             count += tl.sum((expert == pid).to(tl.int32), 0)
         tl.store(ends + pid, position + count)
@@ -157,7 +159,8 @@ def route_kernel(
                 slot = first + tl.arange(0, CHUNK)
                 expert = tl.load(ids + slot, mask=slot < num_slots, other=-1)
                 if HAS_MAP:
-                    expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+                    known = (expert >= 0) & (expert < num_ids)
+                    expert = tl.load(expert_map + expert, mask=known, other=-1)
                 hit = (expert == pid).to(tl.int32)
                 tl.store(slots + position + tl.cumsum(hit, 0) - 1, slot, mask=hit > 0)
                 position += tl.sum(hit, 0)
@@ -535,6 +538,7 @@ def sum_kernel(
     ids,
     expert_map,
     out,
+    num_ids,
     H,
     HAS_MAP: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -549,6 +553,7 @@ def sum_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         expert = tl.load(ids + token * TOP_K + k)
+        expert = tl.where(expert < num_ids, expert, -1)
         if HAS_MAP:
             expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
         columns = tl.where(expert >= 0, H, 0)  # a dropped slot's row was never written

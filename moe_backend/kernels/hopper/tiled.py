@@ -75,12 +75,13 @@ def run(
     ids = topk_ids.contiguous()
     weights = topk_weights.float().contiguous()
     has_map = expert_map is not None
+    num_ids = layer.num_experts if has_map else e  # ids from there on mark rows that are left out
     table = ids if expert_map is None else expert_map
 
     overlap: dict[str, Any] = {"launch_pdl": True} if on_gpu else {}
     programs = multiprocessors(x.device) if on_gpu else 2
     device.route_kernel[(e + (tokens if prepared else 0),)](
-        x, ids, table, weights, operand, operand_scale, slot_list, ends, slots, e, h,
+        x, ids, table, weights, operand, operand_scale, slot_list, ends, slots, num_ids, e, h,
         HAS_MAP=has_map, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input,
         FORMAT=FORMATS[layer.format], CHUNK=min(8192, max(128, triton.next_power_of_2(slots))),
         BLOCK_H=max(128, triton.next_power_of_2(cdiv(h, width) * width)), PDL=on_gpu,
@@ -112,7 +113,7 @@ def run(
         BLOCK_H=second.n, BLOCK_K=second.k, STAGES=second.stages, num_warps=second.warps, **shared,
     )  # fmt: skip
     device.sum_kernel[(tokens, cdiv(h, 1024))](
-        partial, ids, table, out, h, HAS_MAP=has_map, TOP_K=top_k, BLOCK=1024,
+        partial, ids, table, out, num_ids, h, HAS_MAP=has_map, TOP_K=top_k, BLOCK=1024,
         PDL=on_gpu, num_warps=4, **overlap,
     )  # fmt: skip
     return out

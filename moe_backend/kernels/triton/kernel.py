@@ -200,7 +200,7 @@ def run(
         h, i, w2.stride(0), w2.stride(1), *_strides(w2_scale),
         SCALE_N=n2, SCALE_K=s2, BLOCK_K=block.k2, **shared,
     )  # fmt: skip
-    ids = local_ids(topk_ids, expert_map).contiguous()
+    ids = local_ids(topk_ids, layer.num_local_experts, expert_map).contiguous()
     device.sum_kernel[(tokens, cdiv(h, 1024))](partial, ids, out, h, TOP_K=top_k, BLOCK=1024)
     return out
 
