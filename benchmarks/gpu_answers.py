@@ -3,8 +3,9 @@
     python benchmarks/gpu_answers.py [--tp 1|2] [--json FILE] [--logs DIR]
 
 Every run asks the same held-out prompts greedily, with our backend. With `--tp 1`: bf16, FP8 blocks
-and NVFP4 (kept packed), eager and with CUDA graphs. With `--tp 2`: the same formats eager on one
-GPU, to compare with, and on two GPUs with CUDA graphs, tensor parallel and with experts spread.
+and NVFP4 (kept packed, also with wider experts), eager and with CUDA graphs. With `--tp 2`: the
+same formats eager on one GPU, to compare with, and on two GPUs with CUDA graphs, tensor parallel
+and with experts spread.
 All runs share the GPUs and go on at once: the model is small, and starting vLLM takes most of the
 time.
 
@@ -34,7 +35,9 @@ from typing import Any
 from gpu_parallel import HERE, TINY, call, environment, telling
 
 ENOUGH = 0.97  # of the prompts
-FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt")
+# The last one's experts have 512 hidden columns instead of 384, the others zeros: there NVFP4 has
+# another method for many tokens.
+FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-modelopt-512")
 APART_S = 1.5  # between starts, which look for free ports
 # The size is given, so that vLLM does not measure free memory that others are just taking.
 ENGINE = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
@@ -112,21 +115,48 @@ def main() -> int:
 def convert(format: str, scratch: Path) -> Path:
     if format == "bf16":
         return TINY
-    command = [sys.executable, "-m", "moe_backend.cli", "convert", str(TINY)]
-    code, said = call([*command, str(scratch / format), "--to", format], environment(), 200)
+    source = widen(TINY, scratch / "widened", 512) if format.endswith("-512") else TINY
+    command = [sys.executable, "-m", "moe_backend.cli", "convert", str(source)]
+    command += [str(scratch / format), "--to", format.removesuffix("-512")]
+    code, said = call(command, environment(), 200)
     if code:
         raise RuntimeError(f"converting to {format} failed:\n{said[-2000:]}")
     return scratch / format
 
 
-def unclamp(model: Path, folder: Path) -> Path:
-    """The model with a config.json that says that no layer clamps."""
+def widen(model: Path, folder: Path, columns: int) -> Path:
+    """The model with zeros behind its experts' hidden columns, which changes no answer."""
+    from safetensors.torch import load_file, save_file
+    from torch.nn.functional import pad
+
+    config = json.loads((model / "config.json").read_text())
+    more = columns - config["moe_intermediate_size"]
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith((".moe.gate_proj.weight", ".moe.up_proj.weight")):
+            tensors[name] = pad(tensor, (0, 0, 0, more)).contiguous()
+        elif name.endswith(".moe.down_proj.weight"):
+            tensors[name] = pad(tensor, (0, more)).contiguous()
+    changed = replaced(model, folder, ("config.json", "model.safetensors"))
+    (changed / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": columns}))
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    return changed
+
+
+def replaced(model: Path, folder: Path, names: tuple[str, ...]) -> Path:
+    """A folder with the model's files but these."""
     folder.mkdir()
     for file in model.iterdir():
-        (folder / file.name).symlink_to(file)
+        if file.name not in names:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def unclamp(model: Path, folder: Path) -> Path:
+    """The model with a config.json that says that no layer clamps."""
+    replaced(model, folder, ("config.json",))
     config = json.loads((model / "config.json").read_text())
     config["swiglu_limits"] = [0.0] * len(config["swiglu_limits"])
-    (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

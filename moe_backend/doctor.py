@@ -10,6 +10,7 @@ import torch
 
 from moe_backend import __version__, envs, plugin
 from moe_backend.formats import FORMATS
+from moe_backend.kernels.hopper import table
 from moe_backend.kernels.registry import LayerConfig, select
 from moe_backend.kernels.warmup import cache_folder
 from moe_backend.verify.problems import ACTIVATIONS
@@ -53,6 +54,7 @@ def examine() -> Report:
     facts["accelerator"] = _accelerator()
     facts["Triton"] = _version("triton")
     facts["compiled kernels"] = cache_folder()
+    facts["tuned tables"] = _tables()
     facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Report(facts, _layers(device, problems), _variables(), problems)
@@ -68,6 +70,16 @@ def _accelerator() -> str:
     else:
         architecture = f"sm_{properties.major}{properties.minor}"
     return f"{properties.name} ({architecture})"
+
+
+def _tables() -> str:
+    """The tuned tables in use on the first GPU, and how many rows each has."""
+    if not torch.cuda.is_available():
+        return "none, as there is no GPU"
+    gpu = torch.cuda.get_device_name(0)
+    found = [(file, table.read(file, gpu)) for file in table.files(gpu)]
+    rows = [f"{file} ({sum(map(len, made.rows.values()))} rows)" for file, made in found]
+    return ", ".join(rows) or f"none for {gpu}"
 
 
 def _version(package: str) -> str:

@@ -51,7 +51,7 @@ TUNED = Variable(
     "MOE_BACKEND_TUNED",
     "folder of the user's tuned tables, one JSON file for each GPU model, whose rows win over the "
     "package's; off: neither is used",
-    "$XDG_CONFIG_HOME/moe-backend/tuned, else ~/.config/moe-backend/tuned",
+    "$XDG_CONFIG_HOME/moe-backend/tuned, else ~/.config/moe-backend/tuned; then the package's own",
 )
 
 VARIABLES = (KERNEL, NVFP4, ALL_REDUCE, WARMUP, TUNED)

@@ -30,6 +30,11 @@ def kernel(request):
     return request.param
 
 
+def of(name, **changes):
+    """A case whose hidden columns fill the tiles of every method."""
+    return Case(name, STEP, intermediate_size=256, **changes)
+
+
 def on_gpu(case, kernel, seed=0):
     """`(FusedMoE of the kernel, problem)`, the layer's tensors on the GPU."""
     problem = build(case, seed)
@@ -56,13 +61,13 @@ def test_every_case_on_every_kernel():
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 16, 129, 1000])
 def test_token_counts_against_float64(name, tokens, kernel):
-    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout="ep"), kernel)
+    fused, problem = on_gpu(of(name, tokens=tokens, layout="ep"), kernel)
     assert right(fused(*inputs(problem)), problem, fused)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_repeated_runs_are_bit_identical(name, kernel):
-    fused, problem = on_gpu(Case(name, STEP, tokens=129), kernel)
+    fused, problem = on_gpu(of(name, tokens=129), kernel)
     given = inputs(problem)
     first = fused(*given)
     assert all(torch.equal(fused(*given), first) for _ in range(20))
@@ -87,7 +92,7 @@ def test_no_host_read(name, kernel):
 @pytest.mark.parametrize("layout", ["unsharded", "ep"])
 def test_inputs_written_just_before(name, layout, tokens, kernel):
     """As in an engine. A launch that overlaps the one before it must wait before it reads."""
-    fused, problem = on_gpu(Case(name, STEP, tokens=tokens, layout=layout), kernel)
+    fused, problem = on_gpu(of(name, tokens=tokens, layout=layout), kernel)
     given = inputs(problem)
     fused(*given)  # compiles
     for _ in range(20):
@@ -107,8 +112,9 @@ def test_inputs_written_just_before(name, layout, tokens, kernel):
 @pytest.mark.parametrize("layout", ["unsharded", "ep"])
 @pytest.mark.parametrize("tokens", [3, 31, 304])  # few, tiles, sorted
 @pytest.mark.parametrize("beyond", [8, 0x3F12AB34])
-def test_ids_beyond_the_last_expert_are_dropped(beyond, layout, tokens, kernel):
-    fused, problem = on_gpu(Case("fp8_block", STEP, tokens=tokens, layout=layout), kernel)
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_beyond_the_last_expert_are_dropped(name, beyond, layout, tokens, kernel):
+    fused, problem = on_gpu(of(name, tokens=tokens, layout=layout), kernel)
     x, topk_weights, topk_ids, expert_map = inputs(problem)
     left_out = torch.rand(tokens, 2, device="cuda") < 0.3
     outputs = [

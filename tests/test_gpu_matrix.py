@@ -111,7 +111,9 @@ def test_every_capture_size(name, kernel):
     """
     from triton import knobs
 
-    problem = small(Case(name, STEP, layout="ep", num_experts=64, top_k=8, hidden_size=256))
+    problem = small(
+        Case(name, STEP, "ep", num_experts=64, top_k=8, hidden_size=256, intermediate_size=256)
+    )
     fused = FusedMoE(problem.layer, problem.weights, kernel=kernel)
     fused.warm_up(CAPTURE_SIZES[0])
     held = routed(problem, CAPTURE_SIZES[0])

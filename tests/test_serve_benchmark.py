@@ -182,9 +182,34 @@ def test_answers_are_judged(script):
 
 def test_every_format_is_compared_with_its_eager_run_on_one_gpu(script):
     runs = script("gpu_answers").runs
-    for tp, number in ((1, 7), (2, 10)):
+    for tp, number in ((1, 9), (2, 13)):
         assert len(runs(tp)) == number
         for run in runs(tp):
             first = next(other for other in runs(tp) if other.format == run.format)
             assert (first.tp, first.eager, first.control) == (1, True, False)
         assert [run.control for run in runs(tp)].count(True) == 1
+
+
+def test_a_widened_model_computes_the_same(script, tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    from moe_backend.activation import Activation
+    from moe_backend.formats import Bf16Weights
+    from moe_backend.kernels.reference import fused_experts
+
+    wide = script("gpu_answers").widen(tiny, tmp_path / "wide", 512)
+    assert json.loads((wide / "config.json").read_text())["moe_intermediate_size"] == 512
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 7], [1, 2], [3, 3], [5, 6], [4, 0]])
+    outputs = []
+    for folder, columns in ((tiny, 384), (wide, 512)):
+        tensors = load_file(folder / "model.safetensors")
+        gate, up, down = (
+            tensors[f"model.layers.2.moe.{n}_proj.weight"] for n in ("gate", "up", "down")
+        )
+        assert gate.shape == up.shape == (8, columns, 128)
+        weights = Bf16Weights(torch.cat((gate, up), 1), down)
+        silu = Activation.from_name("silu")
+        outputs.append(fused_experts(x, weights, torch.ones(5, 2), ids, silu))
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+    assert {f.name for f in wide.iterdir()} == {f.name for f in tiny.iterdir()}

@@ -32,7 +32,9 @@ Runners = Callable[[Shape, int], Callable[[int], Runner]]
 
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_tune` reads to `parser`."""
-    parser.add_argument("--model", metavar="PATH", help="tune for a checkpoint's experts")
+    parser.add_argument(
+        "--model", metavar="PATH", help="tune for a checkpoint's experts; this, --shape or sizes"
+    )
     parser.add_argument(
         "--tp", type=_positive, metavar="N", help="ranks that split each expert of --model"
     )

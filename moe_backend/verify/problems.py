@@ -114,6 +114,9 @@ def cases(quick: bool = False) -> Iterator[Case]:
             # The other two are not exact in integers.
             yield Case(name, Activation.from_name(kind), integer=True, layout="ep")
         yield Case(name, ACTIVATIONS[1], layout="ep", tokens=0)
+        # Enough tokens for methods that sort them, and hidden columns that fill their tiles.
+        if not quick:
+            yield Case(name, ACTIVATIONS[1], layout="ep", tokens=129, intermediate_size=256)
     for block in ((64, 64), (32, 32), (64, 128), (128, 64)):
         yield Case("fp8_block", ACTIVATIONS[1], w13_block=block, w2_block=block)
     for refined in (64, 32):  # shards of Step-3.5 at TP4 and TP8, which are refined on one axis

@@ -169,7 +169,7 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     reads = cdiv(layer.intermediate_size * bits // 8, 256)
     # Rows of few reads: those of several slots together.
     second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
-    return Few(first, second, 16, 1 if tokens <= 2 else 4)
+    return Few(first, second, 16, 1 if tokens <= 2 else 2 if tokens <= 4 else 4)
 
 
 def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill | Wide:
