@@ -59,11 +59,9 @@ def models(tiny, tmp_path_factory):
 
 DIALECTS = ("bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct")
 IN_MAKE_TEST = (
-    ("bf16", "tp2"),
     ("fp8-block", "tp2"),
     ("fp8-block", "tp4"),
     ("fp8-block", "tp2-ep"),
-    ("nvfp4-modelopt", "tp4"),
     ("nvfp4-ct", "tp4-ep"),
 )
 
