@@ -718,6 +718,21 @@ def test_every_table_in_the_package_is_sound(monkeypatch, caplog):
         assert json.loads(json.dumps(made.to_data())) == data  # rows that read dropped are missed
 
 
+def test_doctor_names_the_tables_in_use(monkeypatch, tmp_path):
+    from moe_backend import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._tables() == "none, as there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(table, "PACKAGED", tmp_path / "none")
+    monkeypatch.setenv("MOE_BACKEND_TUNED", str(tmp_path))
+    assert doctor._tables() == f"none for {GPU}"
+    file = tmp_path / table.file_name(GPU)
+    write(file, table_of(row(64)))
+    assert doctor._tables() == f"{file} (1 rows)"
+
+
 @pytest.mark.slow
 def test_a_wheel_has_the_tables(tmp_path):
     root = Path(__file__).parents[1]

@@ -46,8 +46,8 @@ def local_ids(
     """Local expert slot of each id, -1 where it is none or lives on another rank.
 
     Args:
-        topk_ids: `[T, top_k]` global expert ids. Engines mark rows that they leave out by -1, or by
-            the number of experts (vLLM does both).
+        topk_ids: `[T, top_k]` global expert ids; -1, or one beyond the last expert, for a slot that
+            is left out.
         expert_map: `[num_experts]` int32, global id to local slot or -1; None when all experts
             are local. Not a 0/1 mask.
 

@@ -95,14 +95,6 @@ def _nvfp4_position(k):
 
 
 @triton.jit
-def _nvfp4_column(position):
-    """The inverse of `_nvfp4_position`."""
-    p = position % 128
-    byte = (p % 8) // 2 * 32 + p // 16 * 4 + p % 2 * 2 + (p % 16) // 8
-    return position // 256 * 256 + 2 * byte + (position % 256) // 128
-
-
-@triton.jit
 def _in_nvfp4_order(value, BLOCK: tl.constexpr):
     """`[BLOCK / 128, 128]` columns in the order of `_nvfp4_position`.
 
@@ -217,25 +209,37 @@ def _step_of_rows(rows, column, valid, K):
 
 
 @triton.jit
+def _bf16_scales(scale):
+    """e4m3 block scales as bf16, in the form that `_decoded_words` multiplies with."""
+    return tl.inline_asm_elementwise(
+        _DECODE_SCALES, "=r,=r,r", [scale.to(tl.uint8, bitcast=True)],
+        dtype=tl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decoded_words(packed, spread):
+    """Of each word's bytes 0, 2, 1, 3 the low nibbles times its scale, then the high ones."""
+    return tl.inline_asm_elementwise(
+        _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [packed, spread],
+        dtype=(
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+        ),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE: tl.constexpr):
     """`[ROWS, 32]` words and `[ROWS, 16]` e4m3 scales as bf16 operands for even and odd columns.
 
     Columns are in the order of `_nvfp4_position`, values 2**-8 times what they stand for.
     """
     if PTX:
-        spread = tl.inline_asm_elementwise(
-            _DECODE_SCALES, "=r,=r,r", [scale.to(tl.uint8, bitcast=True)],
-            dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
+        spread = _bf16_scales(scale)
         spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 2)).reshape(ROWS, 32)
-        e0, e2, e1, e3, o0, o2, o1, o3 = tl.inline_asm_elementwise(
-            _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [packed, spread],
-            dtype=(
-                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-            ),
-            is_pure=True, pack=1,
-        )  # fmt: skip
+        e0, e2, e1, e3, o0, o2, o1, o3 = _decoded_words(packed, spread)
     else:
         spread = scale.to(tl.float32) * 0.00390625
         spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 2)).reshape(ROWS, 32)

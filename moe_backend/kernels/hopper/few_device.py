@@ -70,7 +70,7 @@ def _local_slots(
     """
     slot = tl.arange(0, SLOTS)
     expert = tl.load(ids + first + slot, mask=slot < num, other=-1)
-    expert = tl.where(expert < IDS, expert, -1)  # what engines write for rows left out
+    expert = tl.where(expert < IDS, expert, -1)  # left out, as -1
     if HAS_MAP:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
     local = (expert >= 0).to(tl.int32)

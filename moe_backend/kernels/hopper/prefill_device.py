@@ -39,6 +39,15 @@ _activate_gluon = gluon.jit(_activate.fn)
 
 
 @gluon.jit
+def _view_as(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory as numbers of another kind or in another shape."""
+    if RENAMED:
+        return buffer.reinterpret(DTYPE, SHAPE, LAYOUT)
+    else:
+        return buffer._reinterpret(DTYPE, SHAPE, LAYOUT)
+
+
+@gluon.jit
 def _work(t, tiles, blocks):
     """Block of weight rows, expert, first and end position of tile `t`; row blocks go fastest."""
     row = tiles + 1 + t // blocks * 3
@@ -270,10 +279,8 @@ def gemm_kernel(
     w_smem = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES + 1, HALF, STEP], w.layout)
     # The accelerator writes to multiples of 128 bytes, which only swizzled buffers are sure to be.
     SCALES: gl.constexpr = [STAGES * (STEP // GROUP), 1, TOKENS]
-    if RENAMED:
-        s_smem = w_smem.index(2 * STAGES).reinterpret(gl.float32, SCALES, a_scale.layout)
-    else:
-        s_smem = w_smem.index(2 * STAGES)._reinterpret(gl.float32, SCALES, a_scale.layout)
+    LAYOUT: gl.constexpr = a_scale.layout
+    s_smem = _view_as(w_smem.index(2 * STAGES), gl.float32, SCALES, LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):

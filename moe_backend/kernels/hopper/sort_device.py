@@ -31,7 +31,7 @@ def rank_kernel(
     index = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + index
     expert = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)  # int64 or int32
-    expert = tl.where(expert < num_ids, expert, -1)  # what engines write for rows left out
+    expert = tl.where(expert < num_ids, expert, -1)  # left out, as -1
     if HAS_MAP:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
     tl.store(local + slot, expert, mask=slot < num_slots)

@@ -6,7 +6,7 @@ import torch
 
 from moe_backend.formats import Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.hopper.sorted_tokens import PDL, combine, sort, view
+from moe_backend.kernels.hopper.sorted_tokens import PDL, TILE_TOKENS, combine, sort, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import Wide, require
 from moe_backend.kernels.registry import LayerConfig
@@ -57,7 +57,8 @@ def run(
 
 def _tokens(operand: torch.Tensor) -> tuple[object, ...]:
     """Views with boxes for all tokens of a tile, half and a quarter of them."""
-    return tuple(view(operand, tokens, 64) for tokens in (128, 64, 32))
+    most = TILE_TOKENS
+    return tuple(view(operand, tokens, 64) for tokens in (most, most // 2, most // 4))
 
 
 def _gate_up_words(w13: torch.Tensor) -> object:

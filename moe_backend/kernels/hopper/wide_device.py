@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_backend.kernels.hopper.device import _DECODE, _DECODE_SCALES
-from moe_backend.kernels.hopper.prefill_device import RENAMED, _activate_gluon, _load, _work
+from moe_backend.kernels.hopper.device import _bf16_scales, _decoded_words
+from moe_backend.kernels.hopper.prefill_device import _activate_gluon, _load, _view_as, _work
 
 TOKENS: tl.constexpr = tl.constexpr(128)  # of a tile, at most; boxes of half and a quarter as well
 ROWS: tl.constexpr = tl.constexpr(256)  # weight rows of a tile; of the first GEMM half are up rows
@@ -55,6 +55,9 @@ SCALES: tl.constexpr = tl.constexpr(
     )
 )  # fmt: skip
 
+_bf16_scales_gluon = gluon.jit(_bf16_scales.fn)
+_decoded_words_gluon = gluon.jit(_decoded_words.fn)
+
 
 @gluon.jit
 def _first_row(quarter, warp, block, GATED: gl.constexpr):
@@ -78,15 +81,6 @@ def _hidden_position(quarter, j, block):
 
 
 @gluon.jit
-def _view(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The same shared memory in another shape."""
-    if RENAMED:
-        return buffer.reinterpret(buffer.dtype, SHAPE, LAYOUT)
-    else:
-        return buffer._reinterpret(buffer.dtype, SHAPE, LAYOUT)
-
-
-@gluon.jit
 def _copy_tokens(
     x, x_smem, full, empty, i, m0, k0, N_TOKENS: gl.constexpr, X_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -99,7 +93,7 @@ def _copy_tokens(
         for odd in gl.static_range(2):
             to = x_smem.index(2 * s + odd)
             if N_TOKENS < TOKENS:
-                to = _view(to, [N_TOKENS, PART], X_LAYOUT)
+                to = _view_as(to, to.dtype, [N_TOKENS, PART], X_LAYOUT)
             _load(x, [m0, k0 + odd * 128 + half * PART], bar, to)
 
 
@@ -168,10 +162,7 @@ def _first_scales(who, w_scale, e, block, N, rows, scale_columns, GATED: gl.cons
 @gluon.jit
 def _spread(scale):
     """A step's scales as bf16, one for each word of codes."""
-    spread = gl.inline_asm_elementwise(
-        _DECODE_SCALES, "=r,=r,r", [scale.to(gl.uint8, bitcast=True)], dtype=gl.bfloat16,
-        is_pure=True, pack=4,
-    )  # fmt: skip
+    spread = _bf16_scales_gluon(scale)
     return gl.convert_layout(
         gl.expand_dims(spread, 2).broadcast_to([64, GROUPS, 2]).reshape(64, WORDS),
         CODES,
@@ -200,14 +191,7 @@ def _settled(operand):
 @gluon.jit
 def _decode(words, spread, A: gl.constexpr):
     """[64, PART] even and odd columns of half a step."""
-    e0, e2, e1, e3, o0, o2, o1, o3 = gl.inline_asm_elementwise(
-        _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [words, spread],
-        dtype=(
-            gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
-            gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16,
-        ),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+    e0, e2, e1, e3, o0, o2, o1, o3 = _decoded_words_gluon(words, spread)
     even = gl.join(gl.join(e0, e1), gl.join(e2, e3))  # bytes 0, 2, 1, 3
     odd = gl.join(gl.join(o0, o1), gl.join(o2, o3))
     even = even.permute(0, 2, 3, 1, 4).reshape(64, PART)
@@ -219,9 +203,9 @@ def _decode(words, spread, A: gl.constexpr):
 @gluon.jit
 def _tokens_of_half(x_smem, slot, N_TOKENS: gl.constexpr):
     """Even and odd columns of half a step, as the second operand of MMAs."""
-    even = _view(x_smem.index(2 * slot), [N_TOKENS, PART], X_LAYOUT).permute((1, 0))
-    odd = _view(x_smem.index(2 * slot + 1), [N_TOKENS, PART], X_LAYOUT).permute((1, 0))
-    return even, odd
+    even = _view_as(x_smem.index(2 * slot), gl.bfloat16, [N_TOKENS, PART], X_LAYOUT)
+    odd = _view_as(x_smem.index(2 * slot + 1), gl.bfloat16, [N_TOKENS, PART], X_LAYOUT)
+    return even.permute((1, 0)), odd.permute((1, 0))
 
 
 @gluon.jit
@@ -255,7 +239,8 @@ def _product(
         xs = (2 * i) % X_SLOTS
         ys = (2 * i + 1) % X_SLOTS
         mbarrier.wait(w_full.index(s), (i // W_SLOTS) & 1)
-        codes = _view(w_smem.index(s * 4 + 2 * WHO), [64, WORDS], W_LAYOUT).load(CODES)
+        codes = w_smem.index(s * 4 + 2 * WHO)
+        codes = _view_as(codes, gl.int32, [64, WORDS], W_LAYOUT).load(CODES)
         codes_x, codes_y = _halves(codes)
         spread_x, spread_y = _halves(_spread(scale0))
         even, odd = _decode(codes_x, spread_x, A)
@@ -272,9 +257,10 @@ def _product(
         acc0 = warpgroup_mma(odd1, yo, acc0, is_async=True)
         if not DEEP:
             acc0, even1, odd1 = warpgroup_mma_wait(0, deps=[acc0, even1, odd1])
-        codes = _view(w_smem.index(s * 4 + 2 * WHO + 1), [64, WORDS], W_LAYOUT).load(CODES)
+        codes = w_smem.index(s * 4 + 2 * WHO + 1)
+        codes = _view_as(codes, gl.int32, [64, WORDS], W_LAYOUT).load(CODES)
         # Else the accelerator may overwrite codes before they are read: the barrier alone orders
-        # its writes behind its own reads only. Seen: a few rows wrong in one call of two.
+        # its writes behind its own reads only. Seen on an H200: a few rows wrong in most calls.
         fence_async_shared()
         mbarrier.arrive(w_empty.index(s), count=1)
         codes_x, codes_y = _halves(codes)
