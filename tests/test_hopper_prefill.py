@@ -86,9 +86,9 @@ def test_gemm(gated, half, group, block, tmp_path):
     assert "setmaxnreg.inc" in made.asm["ptx"]
     assert "cp.async.bulk.tensor.2d" in made.asm["ptx"]
     assert made.metadata.shared <= 227 * 1024
-    # Once for the barriers; and in each warp group, as the tokens' scales are read by ordinary
-    # loads, before the next copy may write.
-    assert made.asm["ptx"].count("fence.proxy.async") == 3
+    # Once for the barriers; and in each loop of each warp group, as the tokens' scales are read by
+    # ordinary loads, before the next copy may write. The second GEMM has a loop for few tokens too.
+    assert made.asm["ptx"].count("fence.proxy.async") == 1 + 2 * (1 if gated else 2)
     if half == 128 and triton_version() != (3, 6):
         return  # `choose` does not take it there
     # Sums that do not fit into the registers made these kernels 1.7 times slower.

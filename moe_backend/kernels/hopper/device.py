@@ -459,15 +459,19 @@ def down_kernel(
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`partial[slot] = topk_weight * hidden[position] @ w2.T`: BLOCK_H columns of a tile."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """`partial[slot] = topk_weight * hidden[position] @ w2.T`: BLOCK_H columns of a tile.
+
+    The routing was complete before the first GEMM began, so what it says may be read before the
+    wait for the hidden columns.
+    """
     UNIFORM: tl.constexpr = SCALE_N % BLOCK_H == 0  # one scale for all rows of a tile
     blocks = tl.cdiv(H, BLOCK_H)
     steps = tl.cdiv(I, BLOCK_K)
     expert, start, end, tiles = _schedule(ends, num_local, EXPERTS, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     for t in range(tl.program_id(0), tl.max(tiles, 0) * blocks, tl.num_programs(0)):
         e, m0, last, block = _tile(t, blocks, expert, start, end, tiles, BLOCK_M)
         m = m0 + tl.arange(0, BLOCK_M)
@@ -550,17 +554,19 @@ def sum_kernel(
     PDL: tl.constexpr,
 ):
     """`out[token] = sum over k of partial[token, k]` in order of k, dropped slots left out."""
-    if PDL:
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(TOP_K):
+    columns = ()
+    for k in tl.static_range(TOP_K):  # the routing may be read before the wait
         expert = tl.load(ids + token * TOP_K + k)
         expert = tl.where(expert < num_ids, expert, -1)
         if HAS_MAP:
             expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
-        columns = tl.where(expert >= 0, H, 0)  # a dropped slot's row was never written
+        columns += (tl.where(expert >= 0, H, 0),)  # a dropped slot's row was never written
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
         part = partial + (token * TOP_K + k) * H + column
-        acc += tl.load(part, mask=column < columns, other=0.0).to(tl.float32)
+        acc += tl.load(part, mask=column < columns[k], other=0.0).to(tl.float32)
     tl.store(out + token * H + column, acc.to(out.dtype.element_ty), mask=column < H)

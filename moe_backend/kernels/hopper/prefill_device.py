@@ -152,14 +152,65 @@ def _store_rows(to, value, N, n0, m0, last):
 
 
 @gluon.jit
-def _multiply(
-    WHO: gl.constexpr, a_smem, s_smem, w_smem, full, empty, w_scale, out, out_scale, tiles, limit,
-    alpha, beta, blocks, N, K, scale_rows, scale_columns, scale_stride,
+def _half_of_rows(
+    WHO: gl.constexpr, a_smem, s_smem, w_smem, full, empty, w_scale, out, i, block, e, m0, last,
+    N, K, scale_rows, scale_columns,
+    HALF: gl.constexpr, STEP: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
+):  # fmt: skip
+    """Of a second GEMM's tile with up to 64 tokens, half of the weight rows; the next step.
+
+    Both warp groups have work then, and one stores while the other multiplies.
+    """
+    TWO: gl.constexpr = HALF // WIDE == 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDE, 32]
+    )
+    ROW: gl.constexpr = gl.SliceLayout(0, MMA)
+    zero = gl.zeros([HALF_TOKENS, WIDE], gl.float32, layout=MMA)
+    n = (block * 2 + WHO) * HALF
+    row = gl.minimum(n // SCALE_N, scale_rows - 1)
+    left = scale_rows - row
+    scales = w_scale + (e * scale_rows + row) * scale_columns
+    acc = zero
+    more = zero
+    sw = _row_scales(scales, left, scale_columns, 0, SCALE_N, ROW)
+    for k0 in range(0, K, STEP):
+        s = i % STAGES
+        mbarrier.wait(full.index(s), (i // STAGES) & 1)
+        for j in gl.static_range(STEP // SUB):
+            k1 = k0 + j * SUB
+            if SUB == STEP or k1 < K:
+                sa = s_smem.index(s * (STEP // GROUP) + j * SUB // GROUP).permute((1, 0))
+                sa = sa.slice(0, HALF_TOKENS, 0).load(MMA)
+                k2 = gl.minimum(k1 + SUB, K - 1) // SCALE_K
+                next_sw = _row_scales(scales, left, scale_columns, k2, SCALE_N, ROW)
+                aj = _part(a_smem.index(2 * s), 0, j * SUB, SUB, STEP)
+                w = w_smem.index(2 * s + WHO)
+                wj = _part(w, 0, j * SUB, SUB, STEP)
+                acc, more = _add_product(acc, more, aj, wj, zero, sa, sw, SCALE_N)
+                if TWO:
+                    wj = _part(w, WIDE, j * SUB, SUB, STEP)
+                    more, acc = _add_product(more, acc, aj, wj, zero, sa, sw, SCALE_N)
+                sw = next_sw
+        fence_async_shared()  # the tokens' scales are read before others are copied there
+        mbarrier.arrive(empty.index(s), count=1)
+        i += 1
+    _store_rows(out, acc, N, n, m0, last)
+    if TWO:
+        _store_rows(out, more, N, n + WIDE, m0, last)
+    return i
+
+
+@gluon.jit
+def _own_tokens(
+    WHO: gl.constexpr, a_smem, s_smem, w_smem, full, empty, w_scale, out, out_scale, i, limit,
+    alpha, beta, block, e, m0, last, N, K, scale_rows, scale_columns, scale_stride,
     HALF: gl.constexpr, STEP: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr,
     GATED: gl.constexpr, GROUP: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warp group: its 64 tokens of each tile with both halves of weight rows.
+    """A warp group's 64 tokens of a tile with both halves of weight rows; the next step.
 
     WIDE columns at a time: the compiler starts the next product before it has scaled the last one's
     sums, and with 128 columns the registers for that do not suffice.
@@ -170,90 +221,121 @@ def _multiply(
     )
     ROW: gl.constexpr = gl.SliceLayout(0, MMA)
     zero = gl.zeros([HALF_TOKENS, WIDE], gl.float32, layout=MMA)
+    m0 += WHO * HALF_TOKENS
+    row0 = block * HALF // SCALE_N if GATED else block * 2 * HALF // SCALE_N
+    row1 = row0
+    if not GATED:  # a half past the last row needs no scale of its own, but an address
+        row1 = gl.minimum((block * 2 * HALF + HALF) // SCALE_N, scale_rows - 1)
+    left0 = scale_rows - row0
+    left1 = scale_rows - row1
+    s0 = ((2 * e if GATED else e) * scale_rows + row0) * scale_columns
+    s1 = ((2 * e + 1 if GATED else e) * scale_rows + row1) * scale_columns
+    acc0 = zero
+    acc1 = zero
+    more0 = zero
+    more1 = zero
+    if m0 < last:
+        sw0 = _row_scales(w_scale + s0, left0, scale_columns, 0, SCALE_N, ROW)
+        sw1 = _row_scales(w_scale + s1, left1, scale_columns, 0, SCALE_N, ROW)
+        for k0 in range(0, K, STEP):
+            s = i % STAGES
+            mbarrier.wait(full.index(s), (i // STAGES) & 1)
+            for j in gl.static_range(STEP // SUB):
+                k1 = k0 + j * SUB
+                if SUB == STEP or k1 < K:
+                    sa = s_smem.index(s * (STEP // GROUP) + j * SUB // GROUP).permute((1, 0))
+                    sa = sa.slice(WHO * HALF_TOKENS, HALF_TOKENS, 0).load(MMA)
+                    # The scales of the next step are on their way while this is multiplied.
+                    k2 = gl.minimum(k1 + SUB, K - 1) // SCALE_K
+                    next_sw0 = _row_scales(w_scale + s0, left0, scale_columns, k2, SCALE_N, ROW)
+                    next_sw1 = _row_scales(w_scale + s1, left1, scale_columns, k2, SCALE_N, ROW)
+                    aj = _part(a_smem.index(2 * s + WHO), 0, j * SUB, SUB, STEP)
+                    w = w_smem.index(2 * s)
+                    wj = _part(w, 0, j * SUB, SUB, STEP)
+                    if TWO:
+                        acc0, more1 = _add_product(acc0, more1, aj, wj, zero, sa, sw0, SCALE_N)
+                        wj = _part(w, WIDE, j * SUB, SUB, STEP)
+                        more0, acc0 = _add_product(more0, acc0, aj, wj, zero, sa, sw0, SCALE_N)
+                        w = w_smem.index(2 * s + 1)
+                        wj = _part(w, 0, j * SUB, SUB, STEP)
+                        acc1, more0 = _add_product(acc1, more0, aj, wj, zero, sa, sw1, SCALE_N)
+                        wj = _part(w, WIDE, j * SUB, SUB, STEP)
+                        more1, acc1 = _add_product(more1, acc1, aj, wj, zero, sa, sw1, SCALE_N)
+                    else:
+                        acc0, acc1 = _add_product(acc0, acc1, aj, wj, zero, sa, sw0, SCALE_N)
+                        wj = _part(w_smem.index(2 * s + 1), 0, j * SUB, SUB, STEP)
+                        acc1, acc0 = _add_product(acc1, acc0, aj, wj, zero, sa, sw1, SCALE_N)
+                    sw0 = next_sw0
+                    sw1 = next_sw1
+            fence_async_shared()  # the tokens' scales are read before others are copied there
+            mbarrier.arrive(empty.index(s), count=1)
+            i += 1
+        if GATED:
+            n = block * HALF
+            # Rows past the end of this expert's weights are the next one's.
+            column = n + gl.arange(0, WIDE, layout=ROW)
+            h = _activate_gluon(acc0, acc1, limit, alpha, beta, ACTIVATION)
+            h = gl.where((column < N)[None, :], h, 0.0)
+            amax = gl.max(gl.abs(h), 1)
+            if TWO:
+                g = _activate_gluon(more0, more1, limit, alpha, beta, ACTIVATION)
+                g = gl.where((column + WIDE < N)[None, :], g, 0.0)
+                amax = gl.maximum(amax, gl.max(gl.abs(g), 1))
+            scale = gl.where(amax > 0, amax / E4M3_MAX, 1.0)
+            m = m0 + gl.arange(0, HALF_TOKENS, layout=gl.SliceLayout(1, MMA))
+            gl.store(out_scale + block * scale_stride + m, scale, mask=m < last)
+            _store_rows(out, h / scale[:, None], N, n, m0, last)
+            if TWO:
+                _store_rows(out, g / scale[:, None], N, n + WIDE, m0, last)
+        else:
+            n = block * 2 * HALF
+            _store_rows(out, acc0, N, n, m0, last)
+            if TWO:
+                _store_rows(out, more0, N, n + WIDE, m0, last)
+            _store_rows(out, acc1, N, n + HALF, m0, last)
+            if TWO:
+                _store_rows(out, more1, N, n + HALF + WIDE, m0, last)
+    else:
+        for _ in range(0, K, STEP):
+            s = i % STAGES
+            mbarrier.wait(full.index(s), (i // STAGES) & 1)
+            mbarrier.arrive(empty.index(s), count=1)
+            i += 1
+    return i
+
+
+@gluon.jit
+def _multiply(
+    WHO: gl.constexpr, a_smem, s_smem, w_smem, full, empty, w_scale, out, out_scale, tiles, limit,
+    alpha, beta, blocks, N, K, scale_rows, scale_columns, scale_stride,
+    HALF: gl.constexpr, STEP: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, GROUP: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """A multiplying warp group: 64 tokens of each tile, or half of the rows where there are few."""
     total = gl.load(tiles) * blocks
     i = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         block, e, m0, last = _work(t, tiles, blocks)
-        m0 += WHO * HALF_TOKENS
-        row0 = block * HALF // SCALE_N if GATED else block * 2 * HALF // SCALE_N
-        row1 = row0
-        if not GATED:  # a half past the last row needs no scale of its own, but an address
-            row1 = gl.minimum((block * 2 * HALF + HALF) // SCALE_N, scale_rows - 1)
-        left0 = scale_rows - row0
-        left1 = scale_rows - row1
-        s0 = ((2 * e if GATED else e) * scale_rows + row0) * scale_columns
-        s1 = ((2 * e + 1 if GATED else e) * scale_rows + row1) * scale_columns
-        acc0 = zero
-        acc1 = zero
-        more0 = zero
-        more1 = zero
-        if m0 < last:
-            sw0 = _row_scales(w_scale + s0, left0, scale_columns, 0, SCALE_N, ROW)
-            sw1 = _row_scales(w_scale + s1, left1, scale_columns, 0, SCALE_N, ROW)
-            for k0 in range(0, K, STEP):
-                s = i % STAGES
-                mbarrier.wait(full.index(s), (i // STAGES) & 1)
-                for j in gl.static_range(STEP // SUB):
-                    k1 = k0 + j * SUB
-                    if SUB == STEP or k1 < K:
-                        sa = s_smem.index(s * (STEP // GROUP) + j * SUB // GROUP).permute((1, 0))
-                        sa = sa.slice(WHO * HALF_TOKENS, HALF_TOKENS, 0).load(MMA)
-                        # The scales of the next step are on their way while this is multiplied.
-                        k2 = gl.minimum(k1 + SUB, K - 1) // SCALE_K
-                        next_sw0 = _row_scales(w_scale + s0, left0, scale_columns, k2, SCALE_N, ROW)
-                        next_sw1 = _row_scales(w_scale + s1, left1, scale_columns, k2, SCALE_N, ROW)
-                        aj = _part(a_smem.index(2 * s + WHO), 0, j * SUB, SUB, STEP)
-                        w = w_smem.index(2 * s)
-                        wj = _part(w, 0, j * SUB, SUB, STEP)
-                        if TWO:
-                            acc0, more1 = _add_product(acc0, more1, aj, wj, zero, sa, sw0, SCALE_N)
-                            wj = _part(w, WIDE, j * SUB, SUB, STEP)
-                            more0, acc0 = _add_product(more0, acc0, aj, wj, zero, sa, sw0, SCALE_N)
-                            w = w_smem.index(2 * s + 1)
-                            wj = _part(w, 0, j * SUB, SUB, STEP)
-                            acc1, more0 = _add_product(acc1, more0, aj, wj, zero, sa, sw1, SCALE_N)
-                            wj = _part(w, WIDE, j * SUB, SUB, STEP)
-                            more1, acc1 = _add_product(more1, acc1, aj, wj, zero, sa, sw1, SCALE_N)
-                        else:
-                            acc0, acc1 = _add_product(acc0, acc1, aj, wj, zero, sa, sw0, SCALE_N)
-                            wj = _part(w_smem.index(2 * s + 1), 0, j * SUB, SUB, STEP)
-                            acc1, acc0 = _add_product(acc1, acc0, aj, wj, zero, sa, sw1, SCALE_N)
-                        sw0 = next_sw0
-                        sw1 = next_sw1
-                fence_async_shared()  # the tokens' scales are read before others are copied there
-                mbarrier.arrive(empty.index(s), count=1)
-                i += 1
-            if GATED:
-                n = block * HALF
-                # Rows past the end of this expert's weights are the next one's.
-                column = n + gl.arange(0, WIDE, layout=ROW)
-                h = _activate_gluon(acc0, acc1, limit, alpha, beta, ACTIVATION)
-                h = gl.where((column < N)[None, :], h, 0.0)
-                amax = gl.max(gl.abs(h), 1)
-                if TWO:
-                    g = _activate_gluon(more0, more1, limit, alpha, beta, ACTIVATION)
-                    g = gl.where((column + WIDE < N)[None, :], g, 0.0)
-                    amax = gl.maximum(amax, gl.max(gl.abs(g), 1))
-                scale = gl.where(amax > 0, amax / E4M3_MAX, 1.0)
-                m = m0 + gl.arange(0, HALF_TOKENS, layout=gl.SliceLayout(1, MMA))
-                gl.store(out_scale + block * scale_stride + m, scale, mask=m < last)
-                _store_rows(out, h / scale[:, None], N, n, m0, last)
-                if TWO:
-                    _store_rows(out, g / scale[:, None], N, n + WIDE, m0, last)
-            else:
-                n = block * 2 * HALF
-                _store_rows(out, acc0, N, n, m0, last)
-                if TWO:
-                    _store_rows(out, more0, N, n + WIDE, m0, last)
-                _store_rows(out, acc1, N, n + HALF, m0, last)
-                if TWO:
-                    _store_rows(out, more1, N, n + HALF + WIDE, m0, last)
+        if GATED:
+            i = _own_tokens(
+                WHO, a_smem, s_smem, w_smem, full, empty, w_scale, out, out_scale, i, limit, alpha,
+                beta, block, e, m0, last, N, K, scale_rows, scale_columns, scale_stride, HALF, STEP,
+                SUB, STAGES, GATED, GROUP, SCALE_N, SCALE_K, ACTIVATION,
+            )  # fmt: skip
         else:
-            for _ in range(0, K, STEP):
-                s = i % STAGES
-                mbarrier.wait(full.index(s), (i // STAGES) & 1)
-                mbarrier.arrive(empty.index(s), count=1)
-                i += 1
+            if m0 + HALF_TOKENS < last:
+                i = _own_tokens(
+                    WHO, a_smem, s_smem, w_smem, full, empty, w_scale, out, out_scale, i, limit,
+                    alpha, beta, block, e, m0, last, N, K, scale_rows, scale_columns, scale_stride,
+                    HALF, STEP, SUB, STAGES, GATED, GROUP, SCALE_N, SCALE_K, ACTIVATION,
+                )  # fmt: skip
+            else:
+                i = _half_of_rows(
+                    WHO, a_smem, s_smem, w_smem, full, empty, w_scale, out, i, block, e, m0, last,
+                    N, K, scale_rows, scale_columns, HALF, STEP, SUB, STAGES, GROUP, SCALE_N,
+                    SCALE_K,
+                )  # fmt: skip
 
 
 @gluon.jit

@@ -98,9 +98,6 @@ def permute_kernel(
     QUANTISED per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up
     to `width` columns.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -114,6 +111,9 @@ def permute_kernel(
     code = value.to(operand.dtype.element_ty)
     if not QUANTISED:
         code = _in_nvfp4_order(code, GROUPS * 128)
+    if PDL:  # tokens and routing weights are not from the launch before this one
+        gdc_wait()
+        gdc_launch_dependents()
     groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
@@ -133,13 +133,16 @@ def combine_kernel(
     TOP_K: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`out[token] = sum over k of topk_weight * partial[position]`, in order of k."""
-    if PDL:
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    positions = ()
+    for k in tl.static_range(TOP_K):  # known since before the GEMMs
+        positions += (tl.load(position + token * TOP_K + k).to(tl.int64),)
+    if PDL:
+        gdc_wait()
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        p = tl.load(position + token * TOP_K + k).to(tl.int64)
+        p = positions[k]
         if p >= 0:  # a dropped slot has no row
             row = tl.load(partial + p * H + column, mask=column < H, other=0.0).to(tl.float32)
             if not WEIGHT_ON_INPUT:
