@@ -64,16 +64,25 @@ def test_nothing_compiles_after_the_warm_up(counts, kernel, name):
     assert len(counts.compiled) == before
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "w13_block": (32, 32), "w2_block": (32, 32)}
+
+
 @pytest.mark.parametrize(
-    ("kernel", "top_k"),
-    [(KERNELS[0], 1), (KERNELS[0], 6), (KERNELS[0], 8), (KERNELS[1], 6)],
-    ids=lambda value: getattr(value, "name", value),
+    ("kernel", "changes", "most"),
+    [
+        (KERNELS[0], {"top_k": 1, **SMALL}, 9000),
+        (KERNELS[0], {"top_k": 6, **SMALL}, 9000),
+        (KERNELS[0], {"top_k": 8, **SMALL}, 9000),
+        (KERNELS[1], {"top_k": 6, **SMALL}, 9000),
+        # With sorted tokens: their chunks are counted, too.
+        (KERNELS[0], {"top_k": 2}, 4100),
+        (KERNELS[0], {"name": "nvfp4", "intermediate_size": 256}, 4100),
+    ],
+    ids=["hopper-1", "hopper-6", "hopper-8", "triton-6", "hopper-sorted", "hopper-nvfp4-sorted"],
 )
-def test_candidates_need_every_variant_there_is(counts, kernel, top_k):
+def test_candidates_need_every_variant_there_is(counts, kernel, changes, most):
     """Brute force over all token counts; those of the candidates are a subset by construction."""
-    p = problem(top_k=top_k, hidden_size=32, intermediate_size=32, w13_block=(32, 32),
-                w2_block=(32, 32))  # fmt: skip
-    most = 9000
+    p = problem(**changes)
     run = warmup._calls(kernel, p.layer, p.weights.tensors(), torch.device("cpu"), most)
     found = set()
     for tokens in kernel.warmup_tokens(p.layer, most):

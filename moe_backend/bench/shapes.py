@@ -127,6 +127,7 @@ SHAPES = {
     s.name: s
     for s in (
         Shape("step-3.5-ep8", "fp8_block", 288, 36, 8, 4096, 1280, *_BLOCKS, _LONG),
+        Shape("step-3.5-tp1", *_STEP, 1280, *_BLOCKS),
         # 1280 rows over eight ranks are 160, over four 320: not whole blocks of 128.
         Shape("step-3.5-tp8-even", *_STEP, 160, (32, 128), (128, 32), rivals_of=_TP8),
         _TP8,

@@ -22,7 +22,7 @@ from moe_backend.kernels.hopper.kernel import PARTIAL_ELEMENTS, HopperKernel, sh
 from moe_backend.kernels.triton.kernel import slice_tokens
 from moe_backend.tune.loop import Lost, Outcome, Runner, tune
 
-TOKENS = (1, 8, 32, 128, 512, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192)
 MAX_JOBS = 8
 SIZES = ("format", "experts", "local", "top_k", "hidden", "intermediate")
 
@@ -74,7 +74,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(TOKENS),
         metavar="N",
         help=f"tokens of a call (default: {' '.join(map(str, TOKENS))}); a row serves calls with "
-        "a quarter to four times as many",
+        "half to twice as many",
     )
     parser.add_argument(
         "--out",

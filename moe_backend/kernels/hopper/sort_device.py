@@ -45,7 +45,7 @@ def rank_kernel(
     tl.store(rank + slot, mine, mask=slot < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def place_kernel(
     counts, base, tiles, num_local, chunks,
     CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,

@@ -32,7 +32,7 @@ VERSION = 1
 PACKAGED = Path(__file__).parent / "tuned"
 OFF = "off"
 DEFAULT = "default"  # in place of a choice: the built-in one was the fastest
-REACH = 4.0  # a row says nothing of calls with more or fewer tokens by more than this factor
+REACH = 2.0  # a row says nothing of calls with more or fewer tokens by more than this factor
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def nearest(rows: Iterable[Row], tokens: int) -> Row | None:
     """The row measured nearest to `tokens` by ratio, if that is at most `REACH`.
 
     Time goes with slots per expert, so what matters of two token counts is their ratio: between
-    rows of 8 and 128 tokens the border is at 32. At the border the row with fewer tokens counts.
+    rows of 8 and 32 tokens the border is at 16. At the border the row with fewer tokens counts.
     """
     found = min(rows, key=lambda r: (abs(math.log(r.tokens / tokens)), r.tokens), default=None)
     if found is None or not tokens / REACH <= found.tokens <= tokens * REACH:

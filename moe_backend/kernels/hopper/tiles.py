@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from math import exp
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
@@ -140,6 +141,8 @@ BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
 # that reading them takes all the time anyway.
 FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
 FEW_SLOTS, FEW_BYTES = 64, 250e6
+# Fewer tiles of 128 hidden columns than these leave multiprocessors idle.
+ENOUGH_TILES = 528
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
@@ -209,21 +212,27 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
         if slots >= MANY and wide and triton_version() == (3, 6):
             return Prefill(128, 4, 128, 6)
         if slots >= MANY_NARROW:
-            return Prefill(64, 6, 128, 6)
+            # Where tiles have up to 64 tokens, each warp group takes 128 of 256 rows.
+            half_full = slots <= 40 and triton_version() == (3, 6) and not layer.w2_block[0] % 128
+            return Prefill(64, 6, 256, 4) if half_full else Prefill(64, 6, 128, 6)
     (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
     k13 = min(128, k13)
     m = 16 if slots <= 12 else 32
+    m2 = 16 if slots <= MANY_NARROW else 32
     if scale_rows % 64 or layer.intermediate_size % 64:
         # Tiles of 64 gate rows and 64 up rows need one scale for all rows of each.
         k2 = min(32, k2)
         if slots <= 60:
-            return Tiles(Tile(m, 32, k13, 4, 6, 3), Tile(m, 256, k2, 4, 4, 3))
+            return Tiles(Tile(m, 32, k13, 4, 6, 3), Tile(m2, 256, k2, 4, 4, 3))
         return Tiles(Tile(64, 32, k13, 4, 5, 2), Tile(64, 128, k2, 4, 5, 2))
     small = layer.intermediate_size <= 512  # few steps in the second GEMM: make them deep
-    few = slots < (0.1 if small else 4)  # narrow tiles, so that every multiprocessor has one
+    # Narrow tiles, so that every multiprocessor has some.
+    hit = layer.num_local_experts * (1 - exp(-slots))
+    tiles = hit * cdiv(layer.intermediate_size, 128)
+    few = slots < 0.1 if small else slots < 4 and tiles < ENOUGH_TILES
     if scale_rows % 128 or layer.intermediate_size % 128 or few:
         k2 = min(64, k2)
-        return Tiles(Tile(m, 64, k13, 4, 5, 3, True), Tile(m, 128, k2, 4, 5, 4))
+        return Tiles(Tile(m, 64, k13, 4, 5, 3, True), Tile(m2, 128, k2, 4, 5, 4))
     k2 = min(128, k2)
     if m == 16:
         second = Tile(16, 256, k2, 4, 2, 3) if small else Tile(16, 128, k2, 4, 4, 3)
