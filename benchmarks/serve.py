@@ -48,7 +48,10 @@ METRICS = {"ttft": "first token", "itl": "between tokens", "e2el": "whole reques
 MORE_METRICS = (*METRICS, "tpot")
 ASKED, ANSWERED = 16, 16  # greedy prompts, and tokens of each answer
 ERROR = re.compile(r"^((?:[\w.]*(?:Error|Exception)|vllm serve: error): .+)", re.MULTILINE)
-RAN = re.compile(r".*kernel=.*|.*Using .*(?:MoE backend|[Ee]xperts).*")
+# vLLM's whole configuration, in its line "Initializing", has a `kernel=` too.
+RAN = re.compile(
+    r"^(?!Initializing).*kernel=.*|.*Using .*(?:MoE backend|[Ee]xperts).*", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
