@@ -9,6 +9,7 @@ import pytest
 
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import prefill, wide
+from moe_backend.kernels.hopper import tiles as tiles_module
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
@@ -25,6 +26,7 @@ from moe_backend.verify.problems import ACTIVATIONS as KINDS
 from moe_backend.verify.problems import Case, build
 
 TOKENS = (1, 3, 8, 64, 256, 1024, 4096, 2**17)
+GRID = (128, 128)
 BLOCKS = [((n, k), (m, j)) for n, k, m, j in itertools.product((32, 64, 128), repeat=4)]
 
 
@@ -50,6 +52,23 @@ def test_every_choice_is_sound(intermediate):
         else:
             check_tiles(one, made.gate_up, made.down)
         assert choose(one, tokens) in (made, few(one, tokens))
+
+
+def test_tiles_are_wide_where_there_are_many():
+    """At 64 tokens: with all experts here wide ones still give every multiprocessor several."""
+    spread, whole = (layer("fp8_block", 1280, (GRID, GRID), e) for e in ((288, 36), (288, 288)))
+    assert tiles(spread, 64).gate_up.n == 64
+    assert tiles(whole, 64).gate_up.n == 128
+    assert tiles(whole, 1).gate_up.n == 64
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 9)])
+def test_tiles_that_are_half_full_have_twice_the_rows(monkeypatch, version):
+    monkeypatch.setattr(tiles_module, "triton_version", lambda: version)
+    shard = layer("fp8_block", 160, ((32, 128), (128, 32)), (288, 288))
+    assert tiles(shard, 512).down.m == 16
+    assert tiles(shard, 1024).outputs == (256 if version == (3, 6) else 128)
+    assert tiles(shard, 4096).outputs == 128
 
 
 @pytest.mark.parametrize(

@@ -581,6 +581,8 @@ SIZES = "--format fp8_block --experts 288 --local 36 --top-k 8 --hidden 4096 --i
         ("--format bf16 --experts 8 --top-k 9 --hidden 64 --intermediate 64", "at most --experts"),
         ("--format bf16 --experts 8 --top-k 2 --hidden 60 --intermediate 64", "multiple of 8"),
         (SIZES, "torch sees no GPU"),
+        # The default token counts are those that one call can have: here 7,488.
+        (SIZES.replace("--top-k 8 --hidden 4096", "--top-k 10 --hidden 7168"), "torch sees no GPU"),
     ],
 )
 def test_options_that_do_not_fit_are_told(words, message, capsys, monkeypatch):

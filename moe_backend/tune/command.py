@@ -71,7 +71,6 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=_positive,
         nargs="+",
-        default=list(TOKENS),
         metavar="N",
         help=f"tokens of a call (default: {' '.join(map(str, TOKENS))}); a row serves calls with "
         "half to twice as many",
@@ -109,8 +108,10 @@ def run_tune(args: argparse.Namespace) -> int:
         ValueError: nothing can be tuned here, or the options do not fit together.
     """
     shapes = shapes_of(args)
+    most = min(_most_tokens(shape) for shape in shapes)
+    tokens = args.tokens or [t for t in TOKENS if t <= most]
     for shape in shapes:
-        _check_shape(shape, args.tokens)
+        _check_tokens(shape, tokens)
     if not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here, and this command times kernels on one.")
     for shape in shapes:
@@ -118,7 +119,7 @@ def run_tune(args: argparse.Namespace) -> int:
             raise ValueError(f"only the Hopper kernels are tuned, and {refusal}.")
     gpu = torch.cuda.get_device_name()
     file = args.out or _own_file(gpu)
-    return tune_shapes(shapes, args.tokens, file, gpu, args.jobs, args.again, gpu_runners)
+    return tune_shapes(shapes, tokens, file, gpu, args.jobs, args.again, gpu_runners)
 
 
 def tune_shapes(
@@ -257,10 +258,15 @@ def versions() -> dict[str, str]:
     return {"moe-backend": __version__, "torch": torch.__version__, "triton": triton.__version__}
 
 
-def _check_shape(shape: Shape, tokens: list[int]) -> None:
+def _most_tokens(shape: Shape) -> int:
+    """Of one call; more run in slices."""
     if (refusal := shape_refusal(shape.layer())) is not None:
         raise ValueError(f"{shape.name}: the Hopper kernels do not run it: {refusal}.")
-    most = slice_tokens(shape.layer(), PARTIAL_ELEMENTS)
+    return slice_tokens(shape.layer(), PARTIAL_ELEMENTS)
+
+
+def _check_tokens(shape: Shape, tokens: list[int]) -> None:
+    most = _most_tokens(shape)
     if max(tokens) > most:
         raise ValueError(
             f"{shape.name}: calls with more than {most} tokens run in slices of {most}; --tokens "
