@@ -60,6 +60,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         GROUPS=next_power(cdiv(hidden, 128)), PDL=False,
     )  # fmt: skip
 
+    given = ids.clone()
     ids[beyond] = -1
     expert = torch.where(ids >= 0, expert_map[ids.long().clamp(min=0)], -1).flatten()
     expected, rows, start = torch.full((slots,), -1, dtype=torch.int32), [], 0
@@ -76,6 +77,23 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     at = expected[kept].long()
     values = operand[at] * scale[:, at].T.repeat_interleave(128, 1)[:, :hidden]
     assert torch.allclose(values, x[kept // top_k].float(), rtol=1e-5), "activations"
+
+    position = torch.full((slots,), -7, dtype=torch.int32)
+    tiles = torch.full_like(tiles, -9)
+    operand = torch.full((positions, hidden), float("nan"))
+    scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
+    sort_device.plan_kernel[(1 + tokens,)](
+        x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale, position,
+        tiles, slots, experts, local_experts, hidden, positions,
+        HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k, KS=next_power(top_k), CHUNK=CHUNK,
+        EXPERTS=next_power(local_experts), GROUPS=next_power(cdiv(hidden, 128)), TOKENS=TILE,
+        PDL=False,
+    )  # fmt: skip
+    assert torch.equal(position, expected), "positions in one launch"
+    assert tiles[0] == len(rows), "number of tiles in one launch"
+    assert tiles[1 : 1 + 3 * len(rows)].view(-1, 3).tolist() == rows, "tiles in one launch"
+    values = operand[at] * scale[:, at].T.repeat_interleave(128, 1)[:, :hidden]
+    assert torch.allclose(values, x[kept // top_k].float(), rtol=1e-5), "activations in one launch"
 
     width = cdiv(hidden, 256) * 256
     operand = torch.full((positions, width), float("nan"))

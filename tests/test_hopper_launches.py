@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from moe_backend.kernels.hopper import few, kernel, prefill, tiled, tiles, wide
-from moe_backend.kernels.hopper.tiles import Prefill, Wide
+from moe_backend.kernels.hopper import few, kernel, prefill, stream, tiled, tiles, wide
+from moe_backend.kernels.hopper.tiles import Prefill, Stream, Wide
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
+STREAMED = ["plan_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", "gemm_kernel", "gemm_kernel"]
 
 
@@ -30,7 +31,7 @@ def launches(monkeypatch):
         found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (few, prefill, tiled, wide):
+    for module in (few, prefill, stream, tiled, wide):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     return found
 
@@ -42,6 +43,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
+        ("fp8_block", lambda layer: Stream(8, 6, 6), STREAMED),
         ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
@@ -51,6 +53,7 @@ def launches(monkeypatch):
         "fp8-few",
         "fp8-tiles",
         "fp8-prefill",
+        "fp8-stream",
         "nvfp4-wide",
         "nvfp4-few",
         "nvfp4-tiles",

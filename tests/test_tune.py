@@ -89,7 +89,10 @@ def test_choices_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is unknown; accepted: tiles, prefill, wide, few"),
+        (
+            {"method": "magic"},
+            "method 'magic' is unknown; accepted: tiles, prefill, stream, wide, few",
+        ),
         ({"down": {"m": 16}}, "choice.down.n is missing"),
         ({"down": 3}, "choice.down"),
         ({"depth": 3}, "depth"),

@@ -12,9 +12,9 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import few, prefill, tiled, wide
+from moe_backend.kernels.hopper import few, prefill, stream, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Wide
+from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Stream, Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.triton.variants import candidates
@@ -109,6 +109,8 @@ def run(
         return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Prefill):
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Stream):
+        return stream.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Wide):
         return wide.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

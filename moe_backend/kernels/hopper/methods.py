@@ -13,10 +13,10 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
-from moe_backend.kernels.hopper import prefill, tiles, wide
+from moe_backend.kernels.hopper import prefill, stream, tiles, wide
 from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Few, Prefill, Tile, Tiles, Wide
+from moe_backend.kernels.hopper.tiles import Few, Prefill, Stream, Tile, Tiles, Wide
 from moe_backend.kernels.registry import LayerConfig
 
 Choice = Any  # one of the `METHODS`' types
@@ -146,7 +146,11 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         for other in (max(1, tokens // factor), tokens * factor):
             choice = tiles.choose(layer, other)
             nearest.setdefault(type(choice), choice)
-    return list(nearest.values())[1:]
+    found = list(nearest.values())[1:]
+    if layer.format == Fp8BlockWeights.name:  # no default anywhere yet
+        slots = tokens * layer.top_k / layer.num_experts
+        found.append(stream.default(8 if slots <= 4 else 16 if slots <= 10 else 32))
+    return found
 
 
 def _sound_and_different(
@@ -320,6 +324,44 @@ _PREFILL = Method(
 )
 
 
+# --- Stream ---------------------------------------------------------------------------------------
+
+
+def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
+    if layer.format != Fp8BlockWeights.name:
+        raise ValueError(f"stream is for fp8_block, not for {layer.format}")
+    stream.check(layer, choice)
+    if tokens * layer.top_k > stream.MOST_SLOTS:
+        raise ValueError(
+            f"{tokens} tokens have {tokens * layer.top_k} slots, "
+            f"at most {stream.MOST_SLOTS} accepted"
+        )
+    for name, stages, first in (
+        ("stages13", choice.stages13, True), ("stages2", choice.stages2, False)
+    ):  # fmt: skip
+        most = stream.most_stages(choice.tokens, first)
+        if not 2 <= stages <= most:
+            raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
+
+
+def _settle_stream(layer: LayerConfig, choice: Stream) -> Stream:
+    """More tokens leave room for fewer stages."""
+    return replace(
+        choice,
+        stages13=min(choice.stages13, stream.most_stages(choice.tokens, True)),
+        stages2=min(choice.stages2, stream.most_stages(choice.tokens, False)),
+    )
+
+
+_STREAM = Method(
+    kind=Stream,
+    check=_check_stream,
+    ladders={"tokens": (8, 16, 32), "stages13": (3, 4, 5, 6), "stages2": (3, 4, 5, 6)},
+    settle=_settle_stream,
+    here=lambda choice: tiles.sorts_tokens(),
+)
+
+
 # --- Wide -----------------------------------------------------------------------------------------
 
 
@@ -375,4 +417,6 @@ _FEW = Method(
     settle=lambda layer, choice: choice,
 )
 
-METHODS: dict[str, Method] = {"tiles": _TILES, "prefill": _PREFILL, "wide": _WIDE, "few": _FEW}
+METHODS: dict[str, Method] = {
+    "tiles": _TILES, "prefill": _PREFILL, "stream": _STREAM, "wide": _WIDE, "few": _FEW,
+}  # fmt: skip

@@ -127,6 +127,69 @@ def permute_kernel(
                 tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
+@triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride"])
+def plan_kernel(
+    x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, num_slots, num_ids,
+    num_local, H, scale_stride,
+    HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, KS: tl.constexpr,
+    CHUNK: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """All of the above in one launch, for so few slots that each program looks through all.
+
+    Program 0 lists the tiles; each other takes a token, quantised, to the positions of its slots.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    token = tl.maximum(tl.program_id(0) - 1, 0).to(tl.int64)
+    k = tl.arange(0, KS)
+    own = tl.load(ids + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int32)
+    own = tl.where(own < num_ids, own, -1)  # left out, as -1
+    if HAS_MAP:
+        own = tl.load(expert_map + own, mask=own >= 0, other=-1)
+    found = tl.zeros((EXPERTS,), tl.int32)
+    rank = tl.zeros((KS,), tl.int32)
+    for first in range(0, num_slots, CHUNK):
+        slot = first + tl.arange(0, CHUNK)
+        expert = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
+        expert = tl.where(expert < num_ids, expert, -1)
+        if HAS_MAP:
+            expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1)
+        found += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
+        before = (slot[None, :] < token * TOP_K + k[:, None]) & (expert[None, :] == own[:, None])
+        rank += tl.sum(before.to(tl.int32), 1)
+    padded = (found + 3) // 4 * 4
+    start = tl.cumsum(padded, 0) - padded
+    e = tl.arange(0, EXPERTS)
+    if tl.program_id(0) == 0:
+        each = (found + TOKENS - 1) // TOKENS
+        row = tl.cumsum(each, 0) - each
+        for t in range(tl.max(each, 0)):
+            entry = tiles + 1 + (row + t) * 3
+            tl.store(entry, e, mask=t < each)
+            tl.store(entry + 1, start + t * TOKENS, mask=t < each)
+            tl.store(entry + 2, start + found, mask=t < each)
+        tl.store(tiles, tl.sum(each, 0))
+    else:
+        group = tl.arange(0, GROUPS)
+        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+        if WEIGHT_ON_INPUT:
+            value *= tl.load(topk_weights + token)
+        amax = tl.max(tl.abs(value), 1)
+        scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+        code = (value / scale[:, None]).to(operand.dtype.element_ty)
+        first_of = tl.sum(tl.where(e[None, :] == own[:, None], start[None, :], 0), 1)
+        place = tl.where(own >= 0, first_of + rank, -1)
+        tl.store(position + token * TOP_K + k, place, mask=k < TOP_K)
+        groups = tl.cdiv(H, 128)
+        for j in tl.static_range(TOP_K):
+            p = tl.sum(tl.where(k == j, place, 0), 0)
+            if p >= 0:
+                tl.store(operand + p.to(tl.int64) * H + column, code, mask=column < H)
+                tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
+
+
 @triton.jit
 def combine_kernel(
     partial, position, topk_weights, out, H,

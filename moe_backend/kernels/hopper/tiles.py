@@ -70,6 +70,24 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """FP8 with a few tokens per expert (`stream.py`).
+
+    Attributes:
+        tokens: of a tile, 8, 16 or 32.
+        stages13, stages2: steps of 128 that shared memory holds, for either GEMM.
+    """
+
+    tokens: int
+    stages13: int
+    stages2: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return 128, 64
+
+
+@dataclass(frozen=True)
 class Part:
     """How one launch of matrix-vector products deals out its rows.
 
@@ -127,7 +145,7 @@ class Wide:
         return None
 
 
-Choice = Tiles | Prefill | Few | Wide
+Choice = Tiles | Prefill | Stream | Few | Wide
 
 
 def require(holds: bool, wanted: str) -> None:

@@ -1,0 +1,149 @@
+"""FP8 with a few tokens per expert: what the copies bring, the GEMMs compiled for sm_90a.
+
+The routing launch runs in Triton's interpreter in `hopper_sort.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile as compile_kernel
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from moe_backend.kernels.hopper import methods, stream, stream_device
+from moe_backend.kernels.hopper.tiles import Stream, triton_version
+from moe_backend.verify.problems import ACTIVATIONS, Case, build
+
+GRID = (128, 128)
+TWO_PROGRAMS = 113 * 1024  # of shared memory each, so that two share a multiprocessor
+
+
+def layer(w13_block=GRID, w2_block=GRID, intermediate=1280, hidden=4096):
+    base = build(Case("fp8_block", ACTIVATIONS[0])).layer
+    return replace(
+        base, hidden_size=hidden, intermediate_size=intermediate, top_k=8, num_experts=288,
+        num_local_experts=36, w13_block=w13_block, w2_block=w2_block, device="cuda",
+    )  # fmt: skip
+
+
+def compiled(first, choice, block):
+    """One of the GEMMs for a weight block."""
+    box = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    row = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    turns = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=5)
+    constants = {
+        "TOKENS": choice.tokens, "SCALE_N": block[0], "SCALE_K": block[1], "PDL": True,
+        "STAGES": choice.stages13 if first else choice.stages2,
+        "CONSUMER_REGISTERS": 104, "COPY_REGISTERS": 24,
+    }  # fmt: skip
+    constants |= {"ACTIVATION": 1} if first else {"SUB": min(64, block[1])}
+    weights = f"[1,4,2,8,128],{turns!r}" if first else f"[64,128],{box!r}"
+    kinds = {
+        "x": f"tensordesc<fp8e4nv[{choice.tokens},128],{box!r}>",
+        "x_scale": f"tensordesc<fp32[1,32],{row!r}>",
+        "w": f"tensordesc<fp8e4nv{weights}>",
+        "out": "*fp8e4nv" if first else "*bf16",
+        "tiles": "*i32",
+        **dict.fromkeys(("w_scale", "out_scale"), "*fp32"),
+        **dict.fromkeys(("limit", "alpha", "beta"), "fp32"),
+    }
+    kernel = stream_device.gate_up_kernel if first else stream_device.down_kernel
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in ("N", "K", "scale_columns")
+    }
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": 4, "launch_pdl": True, "maxnreg": 80}
+    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+@pytest.mark.parametrize(
+    ("first", "block"),
+    [(True, GRID), (True, (32, 128)), (False, GRID), (False, (128, 32))],
+    ids=["gate-up", "gate-up-32-rows", "down", "down-32-columns"],
+)
+def test_gemm(first, block, tokens, tmp_path):
+    made = compiled(first, stream.default(tokens), block)
+    ptx = made.asm["ptx"]
+    found = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.([\w.]+)", ptx))
+    assert found == {f"m64n{tokens}k32.f32.e4m3.e4m3"}
+    assert f"cp.async.bulk.tensor.{5 if first else 2}d" in ptx
+    assert made.metadata.shared <= TWO_PROGRAMS
+    # Once for the barriers; and in each warp group before the tokens' scales may be overwritten.
+    assert ptx.count("fence.proxy.async") == 3
+    cubin = tmp_path / "gemm.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", cubin)
+    assert max(int(n) for n in re.findall(r"REG:(\d+)", usage)) <= 80
+    assert max(int(n) for n in re.findall(r"STACK:(\d+)", usage)) <= 32
+    # All products of a step are on their way before the first wait.
+    code = tool("nvdisasm", "-c", cubin)
+    assert 0 < 4 * code.count("WARPGROUP.DEPBAR") <= code.count("QGMMA")
+
+
+def tool(name, *arguments):
+    """What a tool that comes with Triton prints."""
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_copy_brings_turns_of_eight_gate_and_up_rows():
+    experts, intermediate, hidden = 3, 160, 256
+    w13 = torch.zeros(experts, 2, intermediate, hidden, dtype=torch.uint8)
+    w13[..., 0] = torch.arange(experts)[:, None, None]
+    w13[..., 1] = torch.arange(2)[:, None]
+    w13[..., 2] = torch.arange(intermediate)
+    view = stream._turns_of_eight(w13, experts, intermediate, hidden)
+    boxed = view.base.as_strided(view.shape, view.strides)
+    for expert in range(experts):
+        for first in range(0, intermediate, 32):
+            box = boxed[expert, first // 8 : first // 8 + 4, :, :, :128].reshape(64, 128)
+            for row in range(64):  # of a warp's 16 rows, eight are gate rows
+                column = first + row // 16 * 8 + row % 8
+                assert box[row, :3].tolist() == [expert, row % 16 // 8, column]
+    assert list(view.block_shape) == [1, 4, 2, 8, 128]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"hidden": 4096 + 64}, "hidden size that is a multiple of 128"),
+        ({"w13_block": (16, 128)}, "scale of w13 for 32 rows"),
+        ({"w13_block": (128, 64)}, "scale of w13 for a step"),
+        ({"w2_block": (32, 128)}, "scale of w2 for 64 rows"),
+        ({"w2_block": (128, 16)}, "scales of w2 for 32 columns"),
+    ],
+)
+def test_what_the_device_code_cannot_take_is_refused(changes, wanted):
+    stream.check(layer(), Stream(8, 6, 6))
+    with pytest.raises(ValueError, match=wanted):
+        stream.check(layer(**changes), Stream(8, 6, 6))
+
+
+def test_tuning_takes_it_into_account(monkeypatch):
+    one = layer()
+    here = triton_version() >= (3, 6)
+    for tokens, wanted in ((8, 8), (64, 8), (250, 16), (1024, None)):
+        found = [c for c in methods.candidates(one, tokens) if isinstance(c, Stream)]
+        assert [c.tokens for c in found] == ([wanted] if wanted and here else []), tokens
+    with pytest.raises(ValueError, match="2056 slots, at most 2048"):
+        methods.check(one, 257, Stream(8, 6, 6))
+    with pytest.raises(ValueError, match="stages13: 2 to 5 fit"):
+        methods.check(one, 8, Stream(16, 6, 5))
+    for choice in methods.neighbours(one, 64, Stream(8, 6, 6)):
+        methods.check(one, 64, choice)
+    assert methods.from_data(methods.to_data(Stream(16, 5, 5))) == Stream(16, 5, 5)
