@@ -78,20 +78,24 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     values = operand[at] * scale[:, at].T.repeat_interleave(128, 1)[:, :hidden]
     assert torch.allclose(values, x[kept // top_k].float(), rtol=1e-5), "activations"
 
-    position = torch.full((slots,), -7, dtype=torch.int32)
-    tiles = torch.full_like(tiles, -9)
-    operand = torch.full((positions, hidden), float("nan"))
-    scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
-    sort_device.plan_kernel[(1 + tokens,)](
-        x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale, position,
-        tiles, slots, experts, local_experts, hidden, positions,
-        HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k, KS=next_power(top_k), CHUNK=CHUNK,
-        EXPERTS=next_power(local_experts), GROUPS=next_power(cdiv(hidden, 128)), TOKENS=TILE,
-        PDL=False,
-    )  # fmt: skip
-    assert torch.equal(position, expected), "positions in one launch"
-    assert tiles[0] == len(rows), "number of tiles in one launch"
-    assert tiles[1 : 1 + 3 * len(rows)].view(-1, 3).tolist() == rows, "tiles in one launch"
+    def planned(width, quantised):
+        position = torch.full((slots,), -7, dtype=torch.int32)
+        found = torch.full_like(tiles, -9)
+        operand = torch.full((positions, width), float("nan"))
+        scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
+        sort_device.plan_kernel[(1 + tokens,)](
+            x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale,
+            position, found, slots, experts, local_experts, hidden, width, positions,
+            QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k,
+            KS=next_power(top_k), CHUNK=CHUNK, EXPERTS=next_power(local_experts),
+            GROUPS=next_power(cdiv(width, 128)), TOKENS=TILE, PDL=False,
+        )  # fmt: skip
+        assert torch.equal(position, expected), "positions in one launch"
+        assert found[0] == len(rows), "number of tiles in one launch"
+        assert found[1 : 1 + 3 * len(rows)].view(-1, 3).tolist() == rows, "tiles in one launch"
+        return operand, scale
+
+    operand, scale = planned(hidden, True)
     values = operand[at] * scale[:, at].T.repeat_interleave(128, 1)[:, :hidden]
     assert torch.allclose(values, x[kept // top_k].float(), rtol=1e-5), "activations in one launch"
 
@@ -105,6 +109,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     values = operand[at][:, [nvfp4_position(c) for c in range(width)]]
     padded = torch.nn.functional.pad(x[kept // top_k].float(), (0, width - hidden))
     assert torch.equal(values, padded), "activations for NVFP4"
+    assert torch.equal(planned(width, False)[0][at], operand[at]), "the same in one launch"
 
     out, weights = torch.empty(tokens, hidden), torch.rand(tokens, top_k)
     partial = torch.randn(positions, hidden)

@@ -20,6 +20,7 @@ from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 STREAMED = ["plan_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
+GEMMS = ["gemm_kernel", "gemm_kernel"]
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", "gemm_kernel", "gemm_kernel"]
 
 
@@ -44,6 +45,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
         ("fp8_block", lambda layer: Stream(8, 6, 6), STREAMED),
+        ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
         ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
@@ -54,6 +56,7 @@ def launches(monkeypatch):
         "fp8-tiles",
         "fp8-prefill",
         "fp8-stream",
+        "nvfp4-stream",
         "nvfp4-wide",
         "nvfp4-few",
         "nvfp4-tiles",

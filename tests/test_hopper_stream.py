@@ -1,4 +1,4 @@
-"""FP8 with a few tokens per expert: what the copies bring, the GEMMs compiled for sm_90a.
+"""FP8 and NVFP4 with a few tokens per expert: what copies bring, the GEMMs compiled for sm_90a.
 
 The routing launch runs in Triton's interpreter in `hopper_sort.py`.
 """
@@ -20,7 +20,7 @@ from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from moe_backend.kernels.hopper import methods, stream, stream_device
+from moe_backend.kernels.hopper import methods, stream, stream_device, stream_nvfp4_device
 from moe_backend.kernels.hopper.tiles import Stream, triton_version
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
@@ -58,12 +58,17 @@ def compiled(first, choice, block):
         **dict.fromkeys(("limit", "alpha", "beta"), "fp32"),
     }
     kernel = stream_device.gate_up_kernel if first else stream_device.down_kernel
+    return built(kernel, constants, kinds)
+
+
+def built(kernel, constants, kinds):
+    """Compiled, with sizes that are multiples of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n].startswith("*") or n in ("N", "K", "scale_columns")
+        if signature[n].startswith("*") or n in ("N", "K", "scale_columns", "width")
     }
     source = GluonASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": 4, "launch_pdl": True, "maxnreg": 80}
@@ -77,7 +82,7 @@ def compiled(first, choice, block):
     ids=["gate-up", "gate-up-32-rows", "down", "down-32-columns"],
 )
 def test_gemm(first, block, tokens, tmp_path):
-    made = compiled(first, stream.default(tokens), block)
+    made = compiled(first, stream.default(layer(), tokens), block)
     ptx = made.asm["ptx"]
     found = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.([\w.]+)", ptx))
     assert found == {f"m64n{tokens}k32.f32.e4m3.e4m3"}
@@ -85,14 +90,60 @@ def test_gemm(first, block, tokens, tmp_path):
     assert made.metadata.shared <= TWO_PROGRAMS
     # Once for the barriers; and in each warp group before the tokens' scales may be overwritten.
     assert ptx.count("fence.proxy.async") == 3
-    cubin = tmp_path / "gemm.cubin"
+    registers, stack, code = machine(made, tmp_path)
+    assert registers <= 80
+    assert stack <= 32
+    # All products of a step are on their way before the first wait.
+    assert 0 < 4 * code.count("WARPGROUP.DEPBAR") <= code.count("QGMMA")
+
+
+def compiled_nvfp4(gated, choice):
+    box = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    words = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    constants = {
+        "TOKENS": choice.tokens, "GATED": gated, "ACTIVATION": 3, "PDL": True,
+        "STAGES": choice.stages13 if gated else choice.stages2,
+        "CONSUMER_REGISTERS": 104, "COPY_REGISTERS": 24,
+    }  # fmt: skip
+    kinds = {
+        "x": f"tensordesc<bf16[{choice.tokens},64],{box!r}>",
+        "w": f"tensordesc<i32[4,2,8,32],{words!r}>",
+        "w_scale": "*fp8e4nv",
+        "w_global": "*fp32",
+        "out": "*bf16",
+        "tiles": "*i32",
+        **dict.fromkeys(("limit", "alpha", "beta"), "fp32"),
+    }
+    return built(stream_nvfp4_device.gemm_kernel, constants, kinds)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+@pytest.mark.parametrize("gated", [True, False], ids=["gate-up", "down"])
+def test_gemm_nvfp4(gated, tokens, tmp_path):
+    one = replace(layer(intermediate=2048), format="nvfp4", w13_block=None, w2_block=None)
+    made = compiled_nvfp4(gated, stream.default(one, tokens))
+    ptx = made.asm["ptx"]
+    found = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.([\w.]+)", ptx))
+    assert found == {f"m64n{tokens}k16.f32.bf16.bf16"}
+    # The first operand comes from registers.
+    assert re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{[^}]*\}, ", ptx)
+    assert made.metadata.shared <= TWO_PROGRAMS
+    # Codes are read by ordinary loads: before the next copy may write, a fence.
+    assert ptx.count("fence.proxy.async") == 3
+    registers, stack, code = machine(made, tmp_path)
+    assert registers <= 80
+    assert stack <= 16
+    # Short of registers, the assembler would wait for each product before the next.
+    assert 0 < 8 * code.count("WARPGROUP.DEPBAR") <= code.count("HGMMA")
+
+
+def machine(made, folder):
+    """Registers and bytes of stack of a thread when it starts, and the instructions."""
+    cubin = folder / "gemm.cubin"
     cubin.write_bytes(made.asm["cubin"])
     usage = tool("cuobjdump", "-res-usage", cubin)
-    assert max(int(n) for n in re.findall(r"REG:(\d+)", usage)) <= 80
-    assert max(int(n) for n in re.findall(r"STACK:(\d+)", usage)) <= 32
-    # All products of a step are on their way before the first wait.
-    code = tool("nvdisasm", "-c", cubin)
-    assert 0 < 4 * code.count("WARPGROUP.DEPBAR") <= code.count("QGMMA")
+    registers, stack = (max(map(int, re.findall(rf"{n}:(\d+)", usage))) for n in ("REG", "STACK"))
+    return registers, stack, tool("nvdisasm", "-c", cubin)
 
 
 def tool(name, *arguments):
@@ -137,11 +188,11 @@ def test_what_the_device_code_cannot_take_is_refused(changes, wanted):
 def test_tuning_takes_it_into_account(monkeypatch):
     one = layer()
     here = triton_version() >= (3, 6)
-    for tokens, wanted in ((8, 8), (64, 8), (250, 16), (1024, None)):
+    for tokens, wanted in ((8, 8), (64, 8), (250, 16), (2048, None)):
         found = [c for c in methods.candidates(one, tokens) if isinstance(c, Stream)]
         assert [c.tokens for c in found] == ([wanted] if wanted and here else []), tokens
-    with pytest.raises(ValueError, match="2056 slots, at most 2048"):
-        methods.check(one, 257, Stream(8, 6, 6))
+    with pytest.raises(ValueError, match="8200 slots, at most 8192"):
+        methods.check(one, 1025, Stream(8, 6, 6))
     with pytest.raises(ValueError, match="stages13: 2 to 5 fit"):
         methods.check(one, 8, Stream(16, 6, 5))
     for choice in methods.neighbours(one, 64, Stream(8, 6, 6)):

@@ -120,7 +120,7 @@ def test_a_copy_brings_the_rows_of_an_mma(intermediate):
     e, m, n = torch.meshgrid(*map(torch.arange, (experts, 2, intermediate)), indexing="ij")
     label = ((e * 2 + m) * 1000 + n).int().reshape(experts, -1, 1)
     codes = label.expand(-1, -1, hidden // 8).contiguous().view(torch.uint8)
-    view = wide._gate_up_words(codes)
+    view = wide.gate_up_words(codes)
     for expert in range(experts):
         for block in range((intermediate + 127) // 128):
             for quarter in range(4):
@@ -137,7 +137,7 @@ def test_a_copy_brings_the_rows_of_an_mma(intermediate):
     assert last == end - 1  # nothing past the end of the tensor
 
     down = torch.arange(experts * 64).int().reshape(experts, 64, 1).expand(-1, -1, 32)
-    view = wide._down_words(down.contiguous().view(torch.uint8))
+    view = wide.down_words(down.contiguous().view(torch.uint8))
     box = copied(view, [2 * 64 // 16, 0, 0, 0])
     assert torch.equal(box[..., 0].flatten(), torch.arange(2 * 64, 3 * 64).int())
 

@@ -147,9 +147,9 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
             choice = tiles.choose(layer, other)
             nearest.setdefault(type(choice), choice)
     found = list(nearest.values())[1:]
-    if layer.format == Fp8BlockWeights.name:  # no default anywhere yet
+    if layer.format in (Fp8BlockWeights.name, Nvfp4Weights.name):  # no default anywhere yet
         slots = tokens * layer.top_k / layer.num_experts
-        found.append(stream.default(8 if slots <= 4 else 16 if slots <= 10 else 32))
+        found.append(stream.default(layer, 8 if slots <= 4 else 16 if slots <= 10 else 32))
     return found
 
 
@@ -328,8 +328,8 @@ _PREFILL = Method(
 
 
 def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
-    if layer.format != Fp8BlockWeights.name:
-        raise ValueError(f"stream is for fp8_block, not for {layer.format}")
+    if layer.format not in (Fp8BlockWeights.name, Nvfp4Weights.name):
+        raise ValueError(f"stream is for fp8_block and nvfp4, not for {layer.format}")
     stream.check(layer, choice)
     if tokens * layer.top_k > stream.MOST_SLOTS:
         raise ValueError(
@@ -339,7 +339,7 @@ def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
     for name, stages, first in (
         ("stages13", choice.stages13, True), ("stages2", choice.stages2, False)
     ):  # fmt: skip
-        most = stream.most_stages(choice.tokens, first)
+        most = stream.most_stages(layer, choice.tokens, first)
         if not 2 <= stages <= most:
             raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
 
@@ -348,8 +348,8 @@ def _settle_stream(layer: LayerConfig, choice: Stream) -> Stream:
     """More tokens leave room for fewer stages."""
     return replace(
         choice,
-        stages13=min(choice.stages13, stream.most_stages(choice.tokens, True)),
-        stages2=min(choice.stages2, stream.most_stages(choice.tokens, False)),
+        stages13=min(choice.stages13, stream.most_stages(layer, choice.tokens, True)),
+        stages2=min(choice.stages2, stream.most_stages(layer, choice.tokens, False)),
     )
 
 

@@ -130,14 +130,15 @@ def permute_kernel(
 @triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride"])
 def plan_kernel(
     x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, num_slots, num_ids,
-    num_local, H, scale_stride,
-    HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, KS: tl.constexpr,
-    CHUNK: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
-    PDL: tl.constexpr,
+    num_local, H, width, scale_stride,
+    QUANTISED: tl.constexpr, HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
+    TOP_K: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All of the above in one launch, for so few slots that each program looks through all.
 
-    Program 0 lists the tiles; each other takes a token, quantised, to the positions of its slots.
+    Program 0 lists the tiles; each other takes a token to the positions of its slots, QUANTISED or
+    not as in `permute_kernel`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -176,9 +177,13 @@ def plan_kernel(
         value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
         if WEIGHT_ON_INPUT:
             value *= tl.load(topk_weights + token)
-        amax = tl.max(tl.abs(value), 1)
-        scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
-        code = (value / scale[:, None]).to(operand.dtype.element_ty)
+        if QUANTISED:
+            amax = tl.max(tl.abs(value), 1)
+            scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+            value = value / scale[:, None]
+        code = value.to(operand.dtype.element_ty)
+        if not QUANTISED:
+            code = _in_nvfp4_order(code, GROUPS * 128)
         first_of = tl.sum(tl.where(e[None, :] == own[:, None], start[None, :], 0), 1)
         place = tl.where(own >= 0, first_of + rank, -1)
         tl.store(position + token * TOP_K + k, place, mask=k < TOP_K)
@@ -186,8 +191,9 @@ def plan_kernel(
         for j in tl.static_range(TOP_K):
             p = tl.sum(tl.where(k == j, place, 0), 0)
             if p >= 0:
-                tl.store(operand + p.to(tl.int64) * H + column, code, mask=column < H)
-                tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
+                tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
+                if QUANTISED:
+                    tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
 @triton.jit

@@ -71,11 +71,11 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Stream:
-    """FP8 with a few tokens per expert (`stream.py`).
+    """FP8 and NVFP4 with a few tokens per expert (`stream.py`).
 
     Attributes:
         tokens: of a tile, 8, 16 or 32.
-        stages13, stages2: steps of 128 that shared memory holds, for either GEMM.
+        stages13, stages2: steps of 128 bytes that shared memory holds, for either GEMM.
     """
 
     tokens: int
@@ -84,7 +84,7 @@ class Stream:
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
-        return 128, 64
+        return (128, 64) if layer.format == Fp8BlockWeights.name else None
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,12 @@ def run(
         "COPY_REGISTERS": 24, "num_warps": 4, **PDL,
     }  # fmt: skip
     wide_device.gemm_kernel[(programs,)](
-        *_tokens(ordered.operand), _gate_up_words(w13), w13_scale, w13_global, hidden,
+        *_tokens(ordered.operand), gate_up_words(w13), w13_scale, w13_global, hidden,
         ordered.tiles, *constants, i, h, w13_scale.shape[2], hidden.shape[1],
         GATED=True, **shared,
     )  # fmt: skip
     wide_device.gemm_kernel[(programs,)](
-        *_tokens(hidden), _down_words(w2), w2_scale, w2_global, partial,
+        *_tokens(hidden), down_words(w2), w2_scale, w2_global, partial,
         ordered.tiles, *constants, h, i, w2_scale.shape[2], h,
         GATED=False, **shared,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def _tokens(operand: torch.Tensor) -> tuple[object, ...]:
     return tuple(view(operand, tokens, 64) for tokens in (most, most // 2, most // 4))
 
 
-def _gate_up_words(w13: torch.Tensor) -> object:
+def gate_up_words(w13: torch.Tensor) -> object:
     """`[groups of 64 rows, (gate, up), 64, H / 8]` words, from an expert's gate rows on.
 
     Groups that would begin in the last expert's up rows have none 64 rows further on.
@@ -71,7 +71,7 @@ def _gate_up_words(w13: torch.Tensor) -> object:
     return _boxes(w13, shape, [64 * columns, rows * columns, columns, 1])
 
 
-def _down_words(w2: torch.Tensor) -> object:
+def down_words(w2: torch.Tensor) -> object:
     """`[groups of 16 rows, 2, 8, I / 8]` words."""
     columns = w2.shape[2] // 4
     shape = [w2.shape[0] * w2.shape[1] // 16, 2, 8, columns]
@@ -90,11 +90,16 @@ def _boxes(codes: torch.Tensor, shape: list[int], strides: list[int]) -> object:
 def check(layer: LayerConfig, choice: Wide) -> None:
     """Raises ValueError for what the device code cannot take."""
     require(layer.format == Nvfp4Weights.name, "NVFP4")
+    check_sizes(layer)
+    require(choice.tokens >= 2, "room for both halves of a step's tokens")
+    require(choice.codes >= 1, "room for a step's codes")
+    require(choice.tokens + choice.codes <= SLOTS, f"room for at most {SLOTS} tokens and codes")
+
+
+def check_sizes(layer: LayerConfig) -> None:
+    """Raises ValueError for sizes that the views of codes cannot take."""
     # Rows of codes begin at multiples of 16 bytes.
     for size in (layer.hidden_size, layer.intermediate_size):
         require(size % 32 == 0, "hidden and intermediate sizes that are multiples of 32")
     # Copies bring gate and up rows in groups of 64.
     require(layer.intermediate_size % 64 == 0, "an intermediate size that is a multiple of 64")
-    require(choice.tokens >= 2, "room for both halves of a step's tokens")
-    require(choice.codes >= 1, "room for a step's codes")
-    require(choice.tokens + choice.codes <= SLOTS, f"room for at most {SLOTS} tokens and codes")

@@ -302,7 +302,7 @@ def _product(
 
 @gluon.jit
 def _store(
-    acc, QUARTER: gl.constexpr, w_global, out, limit, alpha, beta, block, e, m0, last, N, width,
+    acc, quarter, w_global, out, limit, alpha, beta, block, e, m0, last, N, width,
     N_TOKENS: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """What a quarter's sums with all tokens become. The decoder leaves out 2**8."""
@@ -318,7 +318,7 @@ def _store(
         h = gl.convert_layout(h, LINES)
         m = m0 + gl.arange(0, N_TOKENS, layout=gl.SliceLayout(1, LINES))
         j = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
-        p = _hidden_position(QUARTER, j, block)
+        p = _hidden_position(quarter, j, block)
         gl.store(out + m.to(gl.int64)[:, None] * width + p[None, :], h, mask=(m < last)[:, None])
     else:
         y = (acc * (gl.load(w_global + e) * 256.0)).to(gl.bfloat16).permute((1, 0))
@@ -326,7 +326,7 @@ def _store(
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0])
         y = gl.convert_layout(y, LINES)
         m = m0 + gl.arange(0, N_TOKENS, layout=gl.SliceLayout(1, LINES))
-        n = block * 256 + QUARTER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, LINES))
+        n = block * 256 + quarter * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, LINES))
         gl.store(
             out + m.to(gl.int64)[:, None] * width + n[None, :], y,
             mask=(m < last)[:, None] & (n < N)[None, :],
