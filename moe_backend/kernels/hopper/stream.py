@@ -171,7 +171,8 @@ def _plan(
         x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
         position, tiles, slots, e if expert_map is None else layer.num_experts, e, h, width,
         positions, QUANTISED=fp8, HAS_MAP=expert_map is not None,
-        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k, KS=triton.next_power_of_2(top_k), CHUNK=CHUNK,
+        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
+        KS=triton.next_power_of_2(top_k), CHUNK=CHUNK,
         EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         TOKENS=tile_tokens, PDL=True, num_warps=4,
     )  # fmt: skip
