@@ -99,9 +99,18 @@ def permute_kernel(
     to `width` columns.
     """
     token = tl.program_id(0).to(tl.int64)
+    # Known since before the launch before this one; tokens without a local expert are not read.
+    experts = ()
+    ranks = ()
+    most = -1
+    for k in tl.static_range(TOP_K):
+        experts += (tl.load(local + token * TOP_K + k),)
+        ranks += (tl.load(rank + token * TOP_K + k),)
+        most = tl.maximum(most, experts[k])
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+    read = tl.where(most >= 0, H, 0)
+    value = tl.load(x + token * H + column, mask=column < read, other=0.0).to(tl.float32)
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
     if QUANTISED:
@@ -111,15 +120,15 @@ def permute_kernel(
     code = value.to(operand.dtype.element_ty)
     if not QUANTISED:
         code = _in_nvfp4_order(code, GROUPS * 128)
-    if PDL:  # tokens and routing weights are not from the launch before this one
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
-        expert = tl.load(local + slot)
+        expert = experts[k]
         first = tl.load(base + slot // CHUNK * BINS + expert, mask=expert >= 0, other=0)
-        p = tl.where(expert >= 0, first + tl.load(rank + slot), -1)
+        p = tl.where(expert >= 0, first + ranks[k], -1)
         tl.store(position + slot, p)
         if p >= 0:
             tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
@@ -174,7 +183,8 @@ def plan_kernel(
     else:
         group = tl.arange(0, GROUPS)
         column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        value = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+        read = tl.where(tl.max(own, 0) >= 0, H, 0)
+        value = tl.load(x + token * H + column, mask=column < read, other=0.0).to(tl.float32)
         if WEIGHT_ON_INPUT:
             value *= tl.load(topk_weights + token)
         if QUANTISED:
