@@ -80,19 +80,26 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
 
     def planned(width, quantised):
         position = torch.full((slots,), -7, dtype=torch.int32)
-        found = torch.full_like(tiles, -9)
+        found = torch.full((1 + 4 * (slots // TILE + local_experts),), -9, dtype=torch.int32)
+        flags = torch.full((CHUNK + 5,), 7, dtype=torch.int32)
         operand = torch.full((positions, width), float("nan"))
         scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
         sort_device.plan_kernel[(1 + tokens,)](
             x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale,
-            position, found, slots, experts, local_experts, hidden, width, positions,
-            QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k,
+            position, found, flags, slots, experts, local_experts, hidden, width, positions,
+            CHUNK + 4, QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k,
             KS=next_power(top_k), CHUNK=CHUNK, EXPERTS=next_power(local_experts),
             GROUPS=next_power(cdiv(width, 128)), TOKENS=TILE, PDL=False,
         )  # fmt: skip
         assert torch.equal(position, expected), "positions in one launch"
         assert found[0] == len(rows), "number of tiles in one launch"
-        assert found[1 : 1 + 3 * len(rows)].view(-1, 3).tolist() == rows, "tiles in one launch"
+        listed = found[1 : 1 + 4 * len(rows)].view(-1, 4).tolist()
+        of_expert: dict[int, list[int]] = {}  # its row of the list, where it starts and ends
+        for n, (e, start, last) in enumerate(rows):
+            of_expert.setdefault(e, [n, start, last])
+        wanted = [[e, of_expert[e][1], of_expert[e][2], of_expert[e][0]] for e, _, _ in rows]
+        assert listed == wanted, "tiles in one launch"
+        assert flags.tolist() == [0] * (CHUNK + 4) + [7], "flags taken down in one launch"
         return operand, scale
 
     operand, scale = planned(hidden, True)

@@ -17,7 +17,7 @@ from gpu_problems import TOKENS, answer, large, routed, run, small, wrong
 from moe_backend.activation import Activation
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import kernel as hopper
-from moe_backend.kernels.hopper import stream
+from moe_backend.kernels.hopper import tiles
 from moe_backend.kernels.registry import kernel_named
 from moe_backend.kernels.triton.variants import candidates, variants_missing
 from moe_backend.verify import controls as verify_controls
@@ -66,11 +66,13 @@ def test_matrix(name, activation, kernel):
     assert faults == []
 
 
+# Where activations are quantised, wide enough that one that rounds the other way, of a few tokens,
+# is not beyond what is accepted (with 256 hidden columns it is, for every method that quantises).
 STREAMED = (
-    Case("fp8_block", STEP, hidden_size=256, intermediate_size=256),
-    Case("fp8_block", STEP, hidden_size=256, intermediate_size=160, w13_block=(32, 128),
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=1024),
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=672, w13_block=(32, 128),
          w2_block=(128, 32)),
-    Case("fp8_block", STEP, hidden_size=384, intermediate_size=320, w13_block=(64, 128),
+    Case("fp8_block", STEP, hidden_size=1152, intermediate_size=704, w13_block=(64, 128),
          w2_block=(128, 64)),
     Case("nvfp4", STEP, hidden_size=288, intermediate_size=192),
     Case("nvfp4", STEP, hidden_size=512, intermediate_size=512),
@@ -80,7 +82,9 @@ STREAMED = (
 @pytest.mark.parametrize("tokens_of_a_tile", [8, 16, 32])
 @pytest.mark.parametrize("case", STREAMED, ids=lambda c: f"{c.name}-{c.intermediate_size}")
 def test_stream(case, tokens_of_a_tile):
-    """Not a default: every activation and layout, each call repeated bit for bit."""
+    """So small a layer gets other methods: every activation and layout, each call repeated."""
+    if tokens_of_a_tile not in tiles.STREAM_STAGES[case.format]:
+        pytest.skip(f"no tiles of {tokens_of_a_tile} tokens for {case.format}")
     if (refusal := kernel_named("hopper").refusal(small(case).layer)) is not None:
         pytest.skip(refusal)
     faults = []
@@ -88,7 +92,7 @@ def test_stream(case, tokens_of_a_tile):
         for layout in LAYOUTS:
             problem = small(replace(case, activation=activation, **experts(layout)))
             tensors = kernel_named("hopper").prepare(problem.weights)
-            choice = stream.default(problem.layer, tokens_of_a_tile)
+            choice = tiles.stream(problem.layer, tokens_of_a_tile)
             groups = choice.activation_groups(problem.layer)
             for tokens in (t for t in TOKENS if t <= 1000):
                 p = routed(problem, tokens)

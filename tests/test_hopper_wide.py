@@ -19,7 +19,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moe_backend.kernels.hopper import tiles, wide, wide_device
 from moe_backend.kernels.hopper.device import _nvfp4_position
-from moe_backend.kernels.hopper.tiles import Tiles, Wide, choose
+from moe_backend.kernels.hopper.tiles import Stream, Tiles, Wide, choose
 from moe_backend.kernels.hopper.wide import check
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
@@ -154,7 +154,7 @@ def test_many_tokens_are_its_business(monkeypatch):
     for version in ((3, 6), (3, 9)):
         monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
         assert isinstance(choose(layer(), 4096), Wide)
-        assert isinstance(choose(layer(), 512), Tiles)
+        assert isinstance(choose(layer(), 512), Stream)
         assert isinstance(choose(layer(320), 4096), Tiles)  # 320 of 512 columns
     assert choose(layer(), 4096).activation_groups(layer()) is None
     monkeypatch.setattr(tiles, "triton_version", lambda: (3, 5))

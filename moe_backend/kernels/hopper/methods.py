@@ -146,11 +146,14 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         for other in (max(1, tokens // factor), tokens * factor):
             choice = tiles.choose(layer, other)
             nearest.setdefault(type(choice), choice)
-    found = list(nearest.values())[1:]
-    if layer.format in (Fp8BlockWeights.name, Nvfp4Weights.name):  # no default anywhere yet
+    if tiles.streams(layer) and not isinstance(default, Stream):
+        # Close to other methods beyond where it is the default, too.
         slots = tokens * layer.top_k / layer.num_experts
-        found.append(stream.default(layer, 8 if slots <= 4 else 16 if slots <= 10 else 32))
-    return found
+        sizes = [n for n in tiles.STREAM_STAGES[layer.format] if n <= max(8, 3 * slots)]
+        nearest[Stream] = tiles.stream(layer, max(sizes))
+    sorted_or_tiled = tiles.tiles(layer, tokens)
+    nearest.setdefault(type(sorted_or_tiled), sorted_or_tiled)
+    return list(nearest.values())[1:]
 
 
 def _sound_and_different(
@@ -328,13 +331,13 @@ _PREFILL = Method(
 
 
 def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
-    if layer.format not in (Fp8BlockWeights.name, Nvfp4Weights.name):
+    if layer.format not in tiles.STREAM_STAGES:
         raise ValueError(f"stream is for fp8_block and nvfp4, not for {layer.format}")
     stream.check(layer, choice)
-    if tokens * layer.top_k > stream.MOST_SLOTS:
+    if tokens * layer.top_k > tiles.STREAM_MOST_SLOTS:
         raise ValueError(
             f"{tokens} tokens have {tokens * layer.top_k} slots, "
-            f"at most {stream.MOST_SLOTS} accepted"
+            f"at most {tiles.STREAM_MOST_SLOTS} accepted"
         )
     for name, stages, first in (
         ("stages13", choice.stages13, True), ("stages2", choice.stages2, False)
@@ -342,6 +345,8 @@ def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
         most = stream.most_stages(layer, choice.tokens, first)
         if not 2 <= stages <= most:
             raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
+        if stages % 2 and stream.in_turns(layer, first):
+            raise ValueError(f"{name}: {stages} found, must be even (two warp groups take turns)")
 
 
 def _settle_stream(layer: LayerConfig, choice: Stream) -> Stream:

@@ -136,22 +136,26 @@ def permute_kernel(
                 tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride"])
+@triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride", "num_flags"])
 def plan_kernel(
-    x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, num_slots, num_ids,
-    num_local, H, width, scale_stride,
+    x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, flags, num_slots,
+    num_ids, num_local, H, width, scale_stride, num_flags,
     QUANTISED: tl.constexpr, HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
     TOP_K: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All of the above in one launch, for so few slots that each program looks through all.
 
-    Program 0 lists the tiles; each other takes a token to the positions of its slots, QUANTISED or
-    not as in `permute_kernel`.
+    Program 0 lists the tiles, for `share_device._tile`, and takes the flags down; each other takes
+    a token to the positions of its slots, QUANTISED or not as in `permute_kernel`.
     """
     if PDL:
         gdc_launch_dependents()
     token = tl.maximum(tl.program_id(0) - 1, 0).to(tl.int64)
+    # On their way while the slots are counted; not worth waiting to know whether they are needed.
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    given = tl.load(x + token * H + column, mask=column < H, other=0.0)
     k = tl.arange(0, KS)
     own = tl.load(ids + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int32)
     own = tl.where(own < num_ids, own, -1)  # left out, as -1
@@ -175,16 +179,17 @@ def plan_kernel(
         each = (found + TOKENS - 1) // TOKENS
         row = tl.cumsum(each, 0) - each
         for t in range(tl.max(each, 0)):
-            entry = tiles + 1 + (row + t) * 3
+            entry = tiles + 1 + (row + t) * 4
             tl.store(entry, e, mask=t < each)
-            tl.store(entry + 1, start + t * TOKENS, mask=t < each)
+            tl.store(entry + 1, start, mask=t < each)
             tl.store(entry + 2, start + found, mask=t < each)
+            tl.store(entry + 3, row, mask=t < each)
         tl.store(tiles, tl.sum(each, 0))
+        for first in range(0, num_flags, CHUNK):
+            flag = first + tl.arange(0, CHUNK)
+            tl.store(flags + flag, tl.zeros((CHUNK,), tl.int32), mask=flag < num_flags)
     else:
-        group = tl.arange(0, GROUPS)
-        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        read = tl.where(tl.max(own, 0) >= 0, H, 0)
-        value = tl.load(x + token * H + column, mask=column < read, other=0.0).to(tl.float32)
+        value = given.to(tl.float32)
         if WEIGHT_ON_INPUT:
             value *= tl.load(topk_weights + token)
         if QUANTISED:

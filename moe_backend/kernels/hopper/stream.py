@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.hopper import wide
 from moe_backend.kernels.hopper.sorted_tokens import PDL, SortedTokens, combine, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import Stream, require
+from moe_backend.kernels.hopper.tiles import STREAM_STAGES, Stream, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
@@ -19,10 +20,28 @@ SHARED_BYTES = 113 * 1024  # half of what a multiprocessor has
 COLUMNS = 64  # hidden columns that share a scale
 SCALE_TOKENS = 32  # of whose scales a copy brings a step's
 CHUNK = 256  # slots that a program of the routing looks at together
-MOST_SLOTS = 8192  # each program of the routing looks through all of them
+PARTS = 2  # in which a program hands over its sums of a tile, see `share_device.py`
 # Two programs share a multiprocessor: 80 registers a thread when they start, of which the copying
 # warp leaves most to those that multiply.
 REGISTERS = {"maxnreg": 80, "CONSUMER_REGISTERS": 104, "COPY_REGISTERS": 24, "num_warps": 4}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the GEMMs of a call share.
+
+    Attributes:
+        ordered: tokens in the order of their experts.
+        sums, flags: of tiles that several programs work on (`share_device.py`).
+    """
+
+    ordered: SortedTokens
+    sums: torch.Tensor
+    flags: torch.Tensor
+
+    @property
+    def programs(self) -> int:
+        return len(self.sums)
 
 
 def run(
@@ -36,17 +55,16 @@ def run(
 ) -> torch.Tensor:
     """The experts of one layer; arguments as in `registry.Kernel.apply`."""
     check(layer, choice)
-    ordered = _plan(layer, x, topk_weights, topk_ids, expert_map, choice.tokens)
+    plan = _plan(layer, x, topk_weights, topk_ids, expert_map, choice.tokens)
     gemms = _fp8 if layer.format == Fp8BlockWeights.name else _nvfp4
-    return combine(layer, ordered, gemms(layer, tensors, ordered, choice, x))
+    return combine(layer, plan.ordered, gemms(layer, tensors, plan, choice))
 
 
 def _fp8(
     layer: LayerConfig,
     tensors: list[torch.Tensor | None],
-    ordered: SortedTokens,
+    plan: _Plan,
     choice: Stream,
-    x: torch.Tensor,
 ) -> torch.Tensor:
     """`[positions, H]`: both GEMMs."""
     from moe_backend.kernels.hopper import stream_device
@@ -55,24 +73,25 @@ def _fp8(
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     assert layer.w13_block is not None
     assert layer.w2_block is not None
+    ordered, device = plan.ordered, w13.device
     positions = len(ordered.operand)
-    hidden = torch.empty(positions, i, dtype=w13.dtype, device=x.device)
-    hidden_scale = torch.empty(cdiv(i, COLUMNS), positions, dtype=torch.float32, device=x.device)
-    partial = torch.empty(positions, h, dtype=x.dtype, device=x.device)
-    programs = 2 * multiprocessors(x.device)
+    hidden = torch.empty(positions, i, dtype=w13.dtype, device=device)
+    hidden_scale = torch.empty(cdiv(i, COLUMNS), positions, dtype=torch.float32, device=device)
+    partial = torch.empty(positions, h, dtype=layer.torch_dtype, device=device)
     shared: dict[str, Any] = {"TOKENS": choice.tokens, **REGISTERS, **PDL}
-    stream_device.gate_up_kernel[(programs,)](
+    stream_device.gate_up_kernel[(plan.programs,)](
         view(ordered.operand, choice.tokens, 128), view(ordered.scale, 1, SCALE_TOKENS, swizzle=0),
-        _turns_of_eight(w13, e, i, h), w13_scale, hidden, hidden_scale, ordered.tiles,
-        *_constants(layer), i, h, w13_scale.shape[1] // 2, w13_scale.shape[2], positions,
-        STAGES=choice.stages13, SCALE_N=layer.w13_block[0], SCALE_K=layer.w13_block[1],
+        _turns_of_eight(w13, e, i, h), w13_scale, hidden, hidden_scale, ordered.tiles, plan.sums,
+        plan.flags[0], *_constants(layer), i, h, w13_scale.shape[1] // 2, w13_scale.shape[2],
+        positions, STAGES=choice.stages13, SCALE_N=layer.w13_block[0], SCALE_K=layer.w13_block[1],
         ACTIVATION=ACTIVATIONS[layer.activation.kind], **shared,
     )  # fmt: skip
-    stream_device.down_kernel[(programs,)](
+    stream_device.down_kernel[(plan.programs,)](
         view(hidden, choice.tokens, 128), view(hidden_scale, 1, SCALE_TOKENS, swizzle=0),
-        view(w2.view(-1, i), 64, 128), w2_scale, partial, ordered.tiles, h, i, w2_scale.shape[1],
-        w2_scale.shape[2], STAGES=choice.stages2, SUB=min(COLUMNS, layer.w2_block[1]),
-        SCALE_N=layer.w2_block[0], SCALE_K=layer.w2_block[1], **shared,
+        view(w2.view(-1, i), 64, 128), w2_scale, partial, ordered.tiles, plan.sums, plan.flags[1],
+        h, i, w2_scale.shape[1], w2_scale.shape[2], STAGES=choice.stages2,
+        SUB=min(COLUMNS, layer.w2_block[1]), SCALE_N=layer.w2_block[0], SCALE_K=layer.w2_block[1],
+        **shared,
     )  # fmt: skip
     return partial
 
@@ -80,32 +99,31 @@ def _fp8(
 def _nvfp4(
     layer: LayerConfig,
     tensors: list[torch.Tensor | None],
-    ordered: SortedTokens,
+    plan: _Plan,
     choice: Stream,
-    x: torch.Tensor,
 ) -> torch.Tensor:
     """`[positions, H]`: both GEMMs."""
     from moe_backend.kernels.hopper import stream_nvfp4_device
 
     h, i = layer.hidden_size, layer.intermediate_size
     w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
+    ordered, device = plan.ordered, w13.device
     positions = len(ordered.operand)
-    hidden = torch.empty(positions, cdiv(i, 256) * 256, dtype=x.dtype, device=x.device)
-    partial = torch.empty(positions, h, dtype=x.dtype, device=x.device)
-    programs = 2 * multiprocessors(x.device)
+    hidden = torch.empty(positions, cdiv(i, 256) * 256, dtype=layer.torch_dtype, device=device)
+    partial = torch.empty(positions, h, dtype=layer.torch_dtype, device=device)
     shared: dict[str, Any] = {
         "TOKENS": choice.tokens, "ACTIVATION": ACTIVATIONS[layer.activation.kind],
         **REGISTERS, **PDL,
     }  # fmt: skip
     constants = _constants(layer)
-    stream_nvfp4_device.gemm_kernel[(programs,)](
+    stream_nvfp4_device.gemm_kernel[(plan.programs,)](
         view(ordered.operand, choice.tokens, 64), wide.gate_up_words(w13), w13_scale, w13_global,
-        hidden, ordered.tiles, *constants, i, h, w13_scale.shape[2], hidden.shape[1],
-        STAGES=choice.stages13, GATED=True, **shared,
+        hidden, ordered.tiles, plan.sums, plan.flags[0], *constants, i, h, w13_scale.shape[2],
+        hidden.shape[1], STAGES=choice.stages13, GATED=True, **shared,
     )  # fmt: skip
-    stream_nvfp4_device.gemm_kernel[(programs,)](
+    stream_nvfp4_device.gemm_kernel[(plan.programs,)](
         view(hidden, choice.tokens, 64), wide.down_words(w2), w2_scale, w2_global,
-        partial, ordered.tiles, *constants, h, i, w2_scale.shape[2], h,
+        partial, ordered.tiles, plan.sums, plan.flags[1], *constants, h, i, w2_scale.shape[2], h,
         STAGES=choice.stages2, GATED=False, **shared,
     )  # fmt: skip
     return partial
@@ -117,7 +135,13 @@ def _constants(layer: LayerConfig) -> tuple[float, float, float]:
 
 def most_stages(layer: LayerConfig, tokens: int, first: bool) -> int:
     """So that two programs share a multiprocessor."""
-    return max(n for n in range(1, 8) if _shared(layer, tokens, n, first) <= SHARED_BYTES)
+    fit = (n for n in range(2, 8) if _shared(layer, tokens, n, first) <= SHARED_BYTES)
+    return max(n for n in fit if n % 2 == 0 or not in_turns(layer, first))
+
+
+def in_turns(layer: LayerConfig, first: bool) -> bool:
+    """Whether warp groups take stages in turn, of which there must then be an even number."""
+    return first and layer.format == Fp8BlockWeights.name
 
 
 def _shared(layer: LayerConfig, tokens: int, stages: int, first: bool) -> int:
@@ -133,12 +157,6 @@ def _shared(layer: LayerConfig, tokens: int, stages: int, first: bool) -> int:
     return stages * (128 + tokens) * 128 + scales + handed + added
 
 
-def default(layer: LayerConfig, tokens: int) -> Stream:
-    """Tiles of so many tokens, with as many stages as there is room for, up to six."""
-    first, second = (min(6, most_stages(layer, tokens, gated)) for gated in (True, False))
-    return Stream(tokens, first, second)
-
-
 def _plan(
     layer: LayerConfig,
     x: torch.Tensor,
@@ -146,8 +164,8 @@ def _plan(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     tile_tokens: int,
-) -> SortedTokens:
-    """As `sorted_tokens.sort`, in one launch."""
+) -> _Plan:
+    """As `sorted_tokens.sort`, in one launch; the list of tiles is `share_device.py`'s."""
     import triton
 
     from moe_backend.kernels.hopper import sort_device
@@ -156,27 +174,31 @@ def _plan(
     e, h, slots = layer.num_local_experts, layer.hidden_size, tokens * top_k
     fp8 = layer.format == Fp8BlockWeights.name
     width = h if fp8 else cdiv(h, 256) * 256
+    programs = 2 * multiprocessors(x.device)
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     positions = cdiv(slots + 3 * min(e, slots), 4) * 4
     position = empty(slots, dtype=torch.int32)
-    tiles = empty(1 + 3 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
+    tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
     operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
     scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
+    flags = empty(2, programs, PARTS, dtype=torch.int32)
+    sums = empty(programs, PARTS, 64, tile_tokens, dtype=torch.float32)
     ids = topk_ids.contiguous()
     weights = topk_weights.float().contiguous()
     sort_device.plan_kernel[(1 + tokens,)](
         x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
-        position, tiles, slots, e if expert_map is None else layer.num_experts, e, h, width,
-        positions, QUANTISED=fp8, HAS_MAP=expert_map is not None,
+        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, e, h, width,
+        positions, flags.numel(), QUANTISED=fp8, HAS_MAP=expert_map is not None,
         WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
         KS=triton.next_power_of_2(top_k), CHUNK=CHUNK,
         EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         TOKENS=tile_tokens, PDL=True, num_warps=4,
     )  # fmt: skip
-    return SortedTokens(operand, scale, position, tiles, weights)
+    ordered = SortedTokens(operand, scale, position, tiles, weights)
+    return _Plan(ordered, sums, flags)
 
 
 def _turns_of_eight(w13: torch.Tensor, e: int, i: int, h: int) -> Any:
@@ -191,7 +213,8 @@ def _turns_of_eight(w13: torch.Tensor, e: int, i: int, h: int) -> Any:
 
 def check(layer: LayerConfig, choice: Stream) -> None:
     """Raises ValueError for what the device code cannot take."""
-    require(choice.tokens in (8, 16, 32), "tiles of 8, 16 or 32 tokens")
+    sizes = sorted(STREAM_STAGES.get(layer.format, ()))
+    require(choice.tokens in sizes, f"tiles of {sizes} tokens")
     if layer.format == Nvfp4Weights.name:
         wide.check_sizes(layer)
         return

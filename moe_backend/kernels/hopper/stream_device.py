@@ -25,12 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_backend.kernels.hopper.prefill_device import (
-    E4M3_MAX,
-    _activate_gluon,
-    _load,
-    _view_as,
-    _work,
+from moe_backend.kernels.hopper.prefill_device import E4M3_MAX, _activate_gluon, _load, _view_as
+from moe_backend.kernels.hopper.share_device import (
+    _add_the_rest,
+    _hand_over,
+    _piece,
+    _pieces,
+    _tile,
 )
 
 STEP: tl.constexpr = tl.constexpr(128)  # columns
@@ -47,20 +48,22 @@ def _copy_gate_up(
     TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: for each step twice 64 weight rows, the tokens and their scales."""
-    total = gl.load(tiles) * blocks
+    steps = gl.cdiv(K, STEP)
+    first, end, left, pieces = _pieces(gl.load(tiles) * blocks, steps)
     i = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, e, m0, _ = _work(t, tiles, blocks)
-        for k0 in range(0, K, STEP):
+    for n in range(pieces):
+        t, begin, stop = _piece(n, first, end, left, steps)
+        block, e, m0, _ = _tile(t, tiles, blocks, TOKENS)
+        for k in range(begin, stop):
             s = i % STAGES
             bar = full.index(s)
             mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, (2 * ROWS + TOKENS) * STEP + 4 * SCALE_TOKENS)
             for half in gl.static_range(2):
-                to = w_smem.index(2 * s + half)
-                _load(w, [e, block * (COLUMNS // 8) + half * 4, 0, 0, k0], bar, to)
-            _load(x, [m0, k0], bar, x_smem.index(s))
-            _load(x_scale, [k0 // STEP, m0], bar, s_smem.index(s))
+                row = block * (COLUMNS // 8) + half * 4
+                _load(w, [e, row, 0, 0, k * STEP], bar, w_smem.index(2 * s + half))
+            _load(x, [m0, k * STEP], bar, x_smem.index(s))
+            _load(x_scale, [k, m0], bar, s_smem.index(s))
             i += 1
 
 
@@ -72,11 +75,14 @@ def _scale_of(base, row, columns, step, SCALE_K: gl.constexpr):
 
 @gluon.jit
 def _sums_of_steps(
-    WHO: gl.constexpr, x_smem, s_smem, w_smem, full, empty, w_scale, i, block, e, N, K,
-    scale_rows, scale_columns,
+    WHO: gl.constexpr, x_smem, s_smem, w_smem, full, empty, w_scale, i, begin, stop, block, e,
+    steps, scale_rows, scale_columns,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
 ):  # fmt: skip
-    """Every other step of a tile: sums of its two halves, `[64, TOKENS]` each."""
+    """Every other step of `begin` to `stop`: sums of a tile's two halves, `[64, TOKENS]` each.
+
+    The ring's even buffers are the first warp group's, its odd ones the second's.
+    """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
@@ -85,20 +91,21 @@ def _sums_of_steps(
     zero = gl.zeros([ROWS, TOKENS], gl.float32, layout=MMA)
     acc0 = zero
     acc1 = zero
-    steps = gl.cdiv(K, STEP)
     # A half past the last row needs no scale of its own, but an address.
     row0 = gl.minimum(block * COLUMNS // SCALE_N, scale_rows - 1)
     row1 = gl.minimum((block * COLUMNS + 32) // SCALE_N, scale_rows - 1)
     gate = w_scale + 2 * e * scale_rows * scale_columns
     rest = gate + scale_rows * scale_columns
-    first = gl.minimum(WHO, steps - 1)
+    own = (i + WHO) % 2
+    first = gl.minimum(begin + own, steps - 1)
     g0 = _scale_of(gate, row0, scale_columns, first, SCALE_K)
     g1 = _scale_of(gate, row1, scale_columns, first, SCALE_K)
     u0 = _scale_of(rest, row0, scale_columns, first, SCALE_K)
     u1 = _scale_of(rest, row1, scale_columns, first, SCALE_K)
-    for j in range(WHO, steps, 2):
-        s = (i + j) % STAGES
-        mbarrier.wait(full.index(s), ((i + j) // STAGES) & 1)
+    for k in range(begin + own, stop, 2):
+        nth = i + k - begin
+        s = nth % STAGES
+        mbarrier.wait(full.index(s), (nth // STAGES) & 1)
         x = x_smem.index(s).permute((1, 0))
         a0 = _view_as(w_smem.index(2 * s), gl.float8e4nv, [ROWS, STEP], W_LAYOUT)
         a1 = _view_as(w_smem.index(2 * s + 1), gl.float8e4nv, [ROWS, STEP], W_LAYOUT)
@@ -106,7 +113,7 @@ def _sums_of_steps(
         part1 = warpgroup_mma(a1, x, zero, use_acc=False, is_async=True)
         sx = s_smem.index(s).slice(0, TOKENS, 1).load(MMA)
         # The scales of the next step are on their way while this one is multiplied.
-        n = gl.minimum(j + 2, steps - 1)
+        n = gl.minimum(k + 2, steps - 1)
         next_g0 = _scale_of(gate, row0, scale_columns, n, SCALE_K)
         next_g1 = _scale_of(gate, row1, scale_columns, n, SCALE_K)
         next_u0 = _scale_of(rest, row0, scale_columns, n, SCALE_K)
@@ -153,25 +160,28 @@ def _store_half(to, h, scale, n0, m0, last, N, TOKENS: gl.constexpr):
 @gluon.jit
 def _multiply_gate_up(
     WHO: gl.constexpr, x_smem, s_smem, w_smem, given, full, empty, handed, taken, w_scale, out,
-    out_scale, tiles, limit, alpha, beta, blocks, N, K, scale_rows, scale_columns, scale_stride,
+    out_scale, tiles, sums, flags, limit, alpha, beta, blocks, N, K, scale_rows, scale_columns,
+    scale_stride,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warp group; the first one (0) ends each tile with the sums of both."""
+    """A multiplying warp group; the first one (0) goes on with the sums of both."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
-    total = gl.load(tiles) * blocks
     steps = gl.cdiv(K, STEP)
+    total = gl.load(tiles) * blocks
+    first, end, left, pieces = _pieces(total, steps)
     i = 0
     phase = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, e, m0, last = _work(t, tiles, blocks)
+    for n in range(pieces):
+        t, begin, stop = _piece(n, first, end, left, steps)
+        block, e, m0, last = _tile(t, tiles, blocks, TOKENS)
         acc0, acc1 = _sums_of_steps(
-            WHO, x_smem, s_smem, w_smem, full, empty, w_scale, i, block, e, N, K, scale_rows,
-            scale_columns, TOKENS, STAGES, SCALE_N, SCALE_K,
+            WHO, x_smem, s_smem, w_smem, full, empty, w_scale, i, begin, stop, block, e, steps,
+            scale_rows, scale_columns, TOKENS, STAGES, SCALE_N, SCALE_K,
         )  # fmt: skip
-        i += steps
+        i += stop - begin
         if WHO == 1:
             mbarrier.wait(taken, phase ^ 1)
             given.index(0).store(acc0)
@@ -182,23 +192,30 @@ def _multiply_gate_up(
             acc0 += given.index(0).load(MMA)
             acc1 += given.index(1).load(MMA)
             mbarrier.arrive(taken, count=1)
-            n0 = block * COLUMNS
-            h0 = _hidden_of(acc0, n0, N, limit, alpha, beta, TOKENS, ACTIVATION)
-            h1 = _hidden_of(acc1, n0 + 32, N, limit, alpha, beta, TOKENS, ACTIVATION)
-            amax = gl.maximum(gl.max(gl.abs(h0), 1), gl.max(gl.abs(h1), 1))
-            scale = gl.where(amax > 0, amax / E4M3_MAX, 1.0)
-            LINES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-            m = m0 + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LINES))
-            gl.store(out_scale + block * scale_stride + m, scale, mask=m < last)
-            _store_half(out, h0, scale, n0, m0, last, N, TOKENS)
-            _store_half(out, h1, scale, n0 + 32, m0, last, N, TOKENS)
+            if begin > 0:
+                _hand_over(sums, flags, (acc0, acc1), 0, 2)
+            else:
+                acc0, acc1 = _add_the_rest(
+                    sums, flags, (acc0, acc1), 0, 2, t * steps + stop, (t + 1) * steps, total,
+                    steps,
+                )  # fmt: skip
+                n0 = block * COLUMNS
+                h0 = _hidden_of(acc0, n0, N, limit, alpha, beta, TOKENS, ACTIVATION)
+                h1 = _hidden_of(acc1, n0 + 32, N, limit, alpha, beta, TOKENS, ACTIVATION)
+                amax = gl.maximum(gl.max(gl.abs(h0), 1), gl.max(gl.abs(h1), 1))
+                scale = gl.where(amax > 0, amax / E4M3_MAX, 1.0)
+                LINES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+                m = m0 + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LINES))
+                gl.store(out_scale + block * scale_stride + m, scale, mask=m < last)
+                _store_half(out, h0, scale, n0, m0, last, N, TOKENS)
+                _store_half(out, h1, scale, n0 + 32, m0, last, N, TOKENS)
         phase ^= 1
 
 
 @gluon.jit(do_not_specialize=["scale_stride"])
 def gate_up_kernel(
-    x, x_scale, w, w_scale, out, out_scale, tiles, limit, alpha, beta, N, K, scale_rows,
-    scale_columns, scale_stride,
+    x, x_scale, w, w_scale, out, out_scale, tiles, sums, flags, limit, alpha, beta, N, K,
+    scale_rows, scale_columns, scale_stride,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
     ACTIVATION: gl.constexpr, PDL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
@@ -211,15 +228,18 @@ def gate_up_kernel(
         w: of `[experts, N / 8, (gate, up), 8, K]` e4m3, in boxes of 1, 4, 2, 8 and 128.
         w_scale: fp32, `[experts, (gate, up), scale_rows, scale_columns]`.
         out_scale: `[N / 64, scale_stride]` fp32.
+        sums, flags: as in `share_device.py`, two parts a program.
         N: hidden columns.
+        STAGES: even, see `_sums_of_steps`: else a warp group would wait for every second filling
+            of a buffer, which a barrier's one bit of phase cannot tell from the one before.
     """
     x_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TOKENS, STEP], x.layout)
     w_smem = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 1, 4, 2, 8, STEP], w.layout)
     # 128 bytes of scales a step, at addresses that only swizzled buffers are sure to have.
-    SLOTS: gl.constexpr = (STAGES + 7) // 8 * 8
-    spare = gl.allocate_shared_memory(gl.float8e4nv, [1, SLOTS, STEP], W_LAYOUT)
+    ROOM: gl.constexpr = (STAGES + 7) // 8 * 8
+    spare = gl.allocate_shared_memory(gl.float8e4nv, [1, ROOM, STEP], W_LAYOUT)
     SCALES: gl.constexpr = x_scale.layout
-    s_smem = _view_as(spare.index(0), gl.float32, [SLOTS, 1, SCALE_TOKENS], SCALES)
+    s_smem = _view_as(spare.index(0), gl.float32, [ROOM, 1, SCALE_TOKENS], SCALES)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     given = gl.allocate_shared_memory(gl.float32, [2, ROWS, TOKENS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -232,21 +252,21 @@ def gate_up_kernel(
     mbarrier.init(handed, count=1)
     mbarrier.init(taken, count=1)
     fence_async_shared()
+    blocks = gl.cdiv(N, COLUMNS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    blocks = gl.cdiv(N, COLUMNS)
     gl.warp_specialize(
         [
             (_multiply_gate_up, (
                 0, x_smem, s_smem, w_smem, given, full, empty, handed, taken, w_scale, out,
-                out_scale, tiles, limit, alpha, beta, blocks, N, K, scale_rows, scale_columns,
-                scale_stride, TOKENS, STAGES, SCALE_N, SCALE_K, ACTIVATION,
+                out_scale, tiles, sums, flags, limit, alpha, beta, blocks, N, K, scale_rows,
+                scale_columns, scale_stride, TOKENS, STAGES, SCALE_N, SCALE_K, ACTIVATION,
             )),
             (_multiply_gate_up, (
                 1, x_smem, s_smem, w_smem, given, full, empty, handed, taken, w_scale, out,
-                out_scale, tiles, limit, alpha, beta, blocks, N, K, scale_rows, scale_columns,
-                scale_stride, TOKENS, STAGES, SCALE_N, SCALE_K, ACTIVATION,
+                out_scale, tiles, sums, flags, limit, alpha, beta, blocks, N, K, scale_rows,
+                scale_columns, scale_stride, TOKENS, STAGES, SCALE_N, SCALE_K, ACTIVATION,
             )),
             (_copy_gate_up, (
                 x, x_scale, w, x_smem, s_smem, w_smem, full, empty, tiles, blocks, K, TOKENS,
@@ -259,26 +279,37 @@ def gate_up_kernel(
 
 
 @gluon.jit
+def _copy_down_weights(w, w_smem, full, s, e, block, k, N, TOKENS: gl.constexpr):
+    """Twice 64 weight rows of a step; what else its barrier is going to wait for."""
+    bar = full.index(s)
+    mbarrier.expect(bar, (2 * ROWS + TOKENS) * STEP + 2 * 4 * SCALE_TOKENS)
+    for half in gl.static_range(2):
+        row = e * N + block * 2 * ROWS + half * ROWS
+        _load(w, [row, k * STEP], bar, w_smem.index(2 * s + half))
+
+
+@gluon.jit
 def _copy_down(
-    x, x_scale, w, x_smem, s_smem, w_smem, full, empty, tiles, blocks, N, K,
+    x, x_scale, w, x_smem, s_smem, w_smem, full, empty, tiles, ahead, blocks, N, K,
     TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `_copy_gate_up`; two scales of each token a step."""
+    """As `_copy_gate_up`, but for the weights of the steps `ahead`; two scales of each token."""
+    steps = gl.cdiv(K, STEP)
     total = gl.load(tiles) * blocks
+    first, end, left, pieces = _pieces(total, steps)
     i = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, e, m0, _ = _work(t, tiles, blocks)
-        for k0 in range(0, K, STEP):
+    for n in range(pieces):
+        t, begin, stop = _piece(n, first, end, left, steps)
+        block, e, m0, _ = _tile(t, tiles, blocks, TOKENS)
+        for k in range(begin, stop):
             s = i % STAGES
-            bar = full.index(s)
-            mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, (2 * ROWS + TOKENS) * STEP + 2 * 4 * SCALE_TOKENS)
-            for half in gl.static_range(2):
-                n = e * N + block * 2 * ROWS + half * ROWS
-                _load(w, [n, k0], bar, w_smem.index(2 * s + half))
-            _load(x, [m0, k0], bar, x_smem.index(s))
+            if i >= ahead:
+                mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
+                _copy_down_weights(w, w_smem, full, s, e, block, k, N, TOKENS)
+            _load(x, [m0, k * STEP], full.index(s), x_smem.index(s))
             for g in gl.static_range(2):
-                _load(x_scale, [k0 // COLUMNS + g, m0], bar, s_smem.index(2 * s + g))
+                at = [k * (STEP // COLUMNS) + g, m0]
+                _load(x_scale, at, full.index(s), s_smem.index(2 * s + g))
             i += 1
 
 
@@ -302,8 +333,8 @@ def _down_scales(
 
 @gluon.jit
 def _multiply_down(
-    WHO: gl.constexpr, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, blocks, N, K,
-    scale_rows, scale_columns,
+    WHO: gl.constexpr, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, sums, flags,
+    blocks, N, K, scale_rows, scale_columns,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SUB: gl.constexpr, SCALE_N: gl.constexpr,
     SCALE_K: gl.constexpr,
 ):  # fmt: skip
@@ -312,22 +343,25 @@ def _multiply_down(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 32]
     )
     zero = gl.zeros([ROWS, TOKENS], gl.float32, layout=MMA)
+    steps = gl.cdiv(K, STEP)
     total = gl.load(tiles) * blocks
+    first, end, left, pieces = _pieces(total, steps)
     i = 0
-    t = gl.program_id(0)
-    if t < total:
-        block, e, m0, last = _work(t, tiles, blocks)
+    if pieces > 0:
+        t, begin, stop = _piece(0, first, end, left, steps)
+        block, e, m0, last = _tile(t, tiles, blocks, TOKENS)
         n0 = block * 2 * ROWS + WHO * ROWS
         s0, s1, s2, s3 = _down_scales(
-            w_scale, e, n0, 0, scale_rows, scale_columns, SUB, SCALE_N, SCALE_K
+            w_scale, e, n0, begin * STEP, scale_rows, scale_columns, SUB, SCALE_N, SCALE_K
         )
-        for t in range(gl.program_id(0), total, gl.num_programs(0)):
+        for n in range(pieces):
             # What the next tile is, and then its first scales, is on its way with this tile's end.
-            following = gl.minimum(t + gl.num_programs(0), total - 1)
-            next_block, next_e, next_m0, next_last = _work(following, tiles, blocks)
+            after = gl.minimum(n + 1, pieces - 1)
+            next_t, next_begin, next_stop = _piece(after, first, end, left, steps)
+            next_block, next_e, next_m0, next_last = _tile(next_t, tiles, blocks, TOKENS)
             next_n0 = next_block * 2 * ROWS + WHO * ROWS
             acc = zero
-            for k0 in range(0, K, STEP):
+            for k in range(begin, stop):
                 s = i % STAGES
                 mbarrier.wait(full.index(s), (i // STAGES) & 1)
                 x = x_smem.index(s)
@@ -341,8 +375,8 @@ def _multiply_down(
                 for g in gl.static_range(2):
                     sx += (s_smem.index(2 * s + g).slice(0, TOKENS, 1).load(MMA),)
                 # The scales of the next step are on their way while this one is multiplied.
-                more = k0 + STEP < K
-                k1 = gl.where(more, k0 + STEP, 0)
+                more = k + 1 < stop
+                k1 = gl.where(more, k + 1, 0) * STEP
                 e1 = gl.where(more, e, next_e)
                 n1 = gl.where(more, n0, next_n0)
                 sw = (s0, s1, s2, s3)
@@ -355,13 +389,24 @@ def _multiply_down(
                 for j in gl.static_range(STEP // SUB):
                     acc += parts[j] * (sx[j * SUB // COLUMNS] * sw[j])
                 i += 1
-            y = acc.to(gl.bfloat16).permute((1, 0))
-            # Every warp's 16 columns stay with it, 32 bytes of memory: no barrier between warps.
-            LINES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0])
-            y = gl.convert_layout(y, LINES)
-            m = m0 + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LINES))
-            n = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LINES))
-            gl.store(out + m.to(gl.int64)[:, None] * N + n[None, :], y, mask=(m < last)[:, None])
+            if begin > 0:
+                _hand_over(sums, flags, (acc,), WHO, 2)
+            else:
+                (acc,) = _add_the_rest(
+                    sums, flags, (acc,), WHO, 2, t * steps + stop, (t + 1) * steps, total, steps
+                )  # fmt: skip
+                y = acc.to(gl.bfloat16).permute((1, 0))
+                # Every warp's 16 columns stay with it, 32 bytes of memory: no barrier between
+                # warps.
+                LINES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 4], [1, 0])
+                y = gl.convert_layout(y, LINES)
+                m = m0 + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LINES))
+                column = n0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LINES))
+                to = out + m.to(gl.int64)[:, None] * N + column[None, :]
+                gl.store(to, y, mask=(m < last)[:, None])
+            t = next_t
+            begin = next_begin
+            stop = next_stop
             e = next_e
             n0 = next_n0
             m0 = next_m0
@@ -370,7 +415,7 @@ def _multiply_down(
 
 @gluon.jit
 def down_kernel(
-    x, x_scale, w, w_scale, out, tiles, N, K, scale_rows, scale_columns,
+    x, x_scale, w, w_scale, out, tiles, sums, flags, N, K, scale_rows, scale_columns,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, SUB: gl.constexpr, SCALE_N: gl.constexpr,
     SCALE_K: gl.constexpr, PDL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
@@ -382,38 +427,47 @@ def down_kernel(
         x_scale: of `[K / 64, positions]` fp32, in boxes of 1 and SCALE_TOKENS.
         w: of `[experts' rows, K]` e4m3, in boxes of 64 and 128.
         w_scale: fp32, `[experts, scale_rows, scale_columns]`.
+        sums, flags: as in `share_device.py`, two parts a program.
         N: output columns, a multiple of 128.
         SUB: columns that one scale of x and one of w cover.
     """
     x_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TOKENS, STEP], x.layout)
     w_smem = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, STEP], w.layout)
-    SLOTS: gl.constexpr = (2 * STAGES + 7) // 8 * 8
-    spare = gl.allocate_shared_memory(gl.float8e4nv, [1, SLOTS, STEP], W_LAYOUT)
+    ROOM: gl.constexpr = (2 * STAGES + 7) // 8 * 8
+    spare = gl.allocate_shared_memory(gl.float8e4nv, [1, ROOM, STEP], W_LAYOUT)
     SCALES: gl.constexpr = x_scale.layout
-    s_smem = _view_as(spare.index(0), gl.float32, [SLOTS, 1, SCALE_TOKENS], SCALES)
+    s_smem = _view_as(spare.index(0), gl.float32, [ROOM, 1, SCALE_TOKENS], SCALES)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
+    blocks = N // (2 * ROWS)
+    # Weights do not wait for the first GEMM; the tiles are listed since before it began.
+    steps = gl.cdiv(K, STEP)
+    first, end, left, pieces = _pieces(gl.load(tiles) * blocks, steps)
+    t, begin, stop = _piece(0, first, end, left, steps)
+    ahead = gl.where(pieces > 0, gl.minimum(stop - begin, STAGES), 0)
+    block, e, _, _ = _tile(gl.where(pieces > 0, t, 0), tiles, blocks, TOKENS)
+    for j in range(ahead):
+        _copy_down_weights(w, w_smem, full, j, e, block, begin + j, N, TOKENS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    blocks = N // (2 * ROWS)
     gl.warp_specialize(
         [
             (_multiply_down, (
-                0, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, blocks, N, K,
-                scale_rows, scale_columns, TOKENS, STAGES, SUB, SCALE_N, SCALE_K,
+                0, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, sums, flags, blocks,
+                N, K, scale_rows, scale_columns, TOKENS, STAGES, SUB, SCALE_N, SCALE_K,
             )),
             (_multiply_down, (
-                1, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, blocks, N, K,
-                scale_rows, scale_columns, TOKENS, STAGES, SUB, SCALE_N, SCALE_K,
+                1, x_smem, s_smem, w_smem, full, empty, w_scale, out, tiles, sums, flags, blocks,
+                N, K, scale_rows, scale_columns, TOKENS, STAGES, SUB, SCALE_N, SCALE_K,
             )),
             (_copy_down, (
-                x, x_scale, w, x_smem, s_smem, w_smem, full, empty, tiles, blocks, N, K, TOKENS,
-                STAGES,
+                x, x_scale, w, x_smem, s_smem, w_smem, full, empty, tiles, ahead, blocks, N, K,
+                TOKENS, STAGES,
             )),
         ],
         [4, 1],

@@ -19,7 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_backend.kernels.hopper.prefill_device import _load, _view_as, _work
+from moe_backend.kernels.hopper.prefill_device import _load, _view_as
+from moe_backend.kernels.hopper.share_device import (
+    _add_the_rest,
+    _hand_over,
+    _piece,
+    _pieces,
+    _tile,
+)
 from moe_backend.kernels.hopper.wide_device import (
     CODES,
     PART,
@@ -39,37 +46,46 @@ ROWS: tl.constexpr = tl.constexpr(64)  # of a warp group
 
 
 @gluon.jit
+def _copy_weights(w, w_smem, full, s, e, block, k, N, TOKENS: gl.constexpr, GATED: gl.constexpr):
+    """Twice 64 weight rows of a step; what else its barrier is going to wait for."""
+    bar = full.index(s)
+    mbarrier.expect(bar, 2 * 4 * ROWS * WORDS + 4 * 2 * TOKENS * PART)
+    for who in gl.static_range(2):
+        r = _first_row(block % 2 * 2 + who, 0, block // 2, GATED)
+        word = k * (STEP // 8)
+        if GATED:
+            _load(w, [2 * e * N // 64 + r // 64, 0, r % 64, word], bar, w_smem.index(2 * s + who))
+        else:
+            _load(w, [e * N // 16 + r // 16, 0, 0, word], bar, w_smem.index(2 * s + who))
+
+
+@gluon.jit
 def _copy(
-    x, w, x_smem, w_smem, full, empty, tiles, blocks, N, K,
+    x, w, x_smem, w_smem, full, empty, tiles, ahead, blocks, N, K,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: for each step, twice 64 weight rows and the tokens in four parts."""
-    total = gl.load(tiles) * blocks
+    """The copying warp: for each step weights (but of those `ahead`), and tokens in four parts."""
+    steps = gl.cdiv(K, STEP)
+    first, end, left, pieces = _pieces(gl.load(tiles) * blocks, steps)
     i = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, e, m0, _ = _work(t, tiles, blocks)
-        for k0 in range(0, K, STEP):
+    for n in range(pieces):
+        t, begin, stop = _piece(n, first, end, left, steps)
+        block, e, m0, _ = _tile(t, tiles, blocks, TOKENS)
+        for k in range(begin, stop):
             s = i % STAGES
-            bar = full.index(s)
-            mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, 2 * 4 * ROWS * WORDS + 4 * 2 * TOKENS * PART)
-            for who in gl.static_range(2):
-                n = _first_row(block % 2 * 2 + who, 0, block // 2, GATED)
-                to = w_smem.index(2 * s + who)
-                if GATED:
-                    _load(w, [2 * e * N // 64 + n // 64, 0, n % 64, k0 // 8], bar, to)
-                else:
-                    _load(w, [e * N // 16 + n // 16, 0, 0, k0 // 8], bar, to)
+            if i >= ahead:
+                mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
+                _copy_weights(w, w_smem, full, s, e, block, k, N, TOKENS, GATED)
             for part in gl.static_range(4):  # two halves of a step, even and odd columns each
-                column = k0 + part % 2 * 128 + part // 2 * PART
-                _load(x, [m0, column], bar, x_smem.index(4 * s + part))
+                column = k * STEP + part % 2 * 128 + part // 2 * PART
+                _load(x, [m0, column], full.index(s), x_smem.index(4 * s + part))
             i += 1
 
 
 @gluon.jit
 def _multiply(
-    WHO: gl.constexpr, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, limit, alpha,
-    beta, blocks, N, K, scale_columns, width,
+    WHO: gl.constexpr, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, sums, flags,
+    limit, alpha, beta, blocks, N, K, scale_columns, width,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warp group: one quarter of `wide_device`'s tiles, with all tokens."""
@@ -77,20 +93,24 @@ def _multiply(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    steps = gl.cdiv(K, STEP)
     total = gl.load(tiles) * blocks
+    first, end, left, pieces = _pieces(total, steps)
     i = 0
-    t = gl.program_id(0)
-    block, e, m0, last = _work(gl.maximum(gl.minimum(t, total - 1), 0), tiles, blocks)
+    # A program without work, whose tile is none, reads no scales.
+    t, begin, stop = _piece(0, first, end, left, steps)
+    block, e, m0, last = _tile(gl.where(pieces > 0, t, 0), tiles, blocks, TOKENS)
+    block = gl.where(pieces > 0, block, 0)
     quarter = block % 2 * 2 + WHO
     row, inside = _scale_rows(
-        quarter, w_scale, e, block // 2, N, gl.where(t < total, N, 0), scale_columns, GATED
+        quarter, w_scale, e, block // 2, N, gl.where(pieces > 0, N, 0), scale_columns, GATED
     )
-    scale = _scales(row, inside, 0, scale_columns)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    scale = _scales(row, inside, begin, scale_columns)
+    for n in range(pieces):
         acc = gl.zeros([ROWS, TOKENS], gl.float32, layout=MMA)
-        for k0 in range(0, K, STEP):
+        for k in range(begin, stop):
             # The scales of the next step are on their way while this is multiplied.
-            following = _scales(row, inside, k0 // STEP + 1, scale_columns)
+            following = _scales(row, inside, k + 1, scale_columns)
             s = i % STAGES
             mbarrier.wait(full.index(s), (i // STAGES) & 1)
             codes = _view_as(w_smem.index(2 * s + WHO), gl.int32, [ROWS, WORDS], W_LAYOUT)
@@ -110,18 +130,27 @@ def _multiply(
             scale = following
             i += 1
         # What the next tile is, and its first scales, are on their way while this one is stored.
-        after = t + gl.num_programs(0)
-        next_block, next_e, next_m0, next_last = _work(gl.minimum(after, total - 1), tiles, blocks)
+        after = gl.minimum(n + 1, pieces - 1)
+        next_t, next_begin, next_stop = _piece(after, first, end, left, steps)
+        next_block, next_e, next_m0, next_last = _tile(next_t, tiles, blocks, TOKENS)
         next_quarter = next_block % 2 * 2 + WHO
         row, inside = _scale_rows(
-            next_quarter, w_scale, next_e, next_block // 2, N, gl.where(after < total, N, 0),
-            scale_columns, GATED,
-        )  # fmt: skip
+            next_quarter, w_scale, next_e, next_block // 2, N, N, scale_columns, GATED
+        )
         scale = _scales(row, inside, 0, scale_columns)
-        _store(
-            acc, quarter, w_global, out, limit, alpha, beta, block // 2, e, m0, last, N, width,
-            TOKENS, GATED, ACTIVATION,
-        )  # fmt: skip
+        if begin > 0:
+            _hand_over(sums, flags, (acc,), WHO, 2)
+        else:
+            (acc,) = _add_the_rest(
+                sums, flags, (acc,), WHO, 2, t * steps + stop, (t + 1) * steps, total, steps
+            )
+            _store(
+                acc, quarter, w_global, out, limit, alpha, beta, block // 2, e, m0, last, N, width,
+                TOKENS, GATED, ACTIVATION,
+            )  # fmt: skip
+        t = next_t
+        begin = next_begin
+        stop = next_stop
         block = next_block
         e = next_e
         m0 = next_m0
@@ -131,11 +160,16 @@ def _multiply(
 
 @gluon.jit
 def gemm_kernel(
-    x, w, w_scale, w_global, out, tiles, limit, alpha, beta, N, K, scale_columns, width,
-    TOKENS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    x, w, w_scale, w_global, out, tiles, sums, flags, limit, alpha, beta, N, K, scale_columns,
+    width, TOKENS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One GEMM of all experts; arguments as of `wide_device.gemm_kernel`, x in boxes of TOKENS."""
+    """One GEMM of all experts; x in boxes of TOKENS.
+
+    Arguments as of `wide_device.gemm_kernel`; sums and flags as in `share_device.py`, two parts a
+    program.
+    """
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [4 * STAGES, TOKENS, PART], x.layout)
     w_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 4, 2, 8, WORDS], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -144,22 +178,32 @@ def gemm_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
+    blocks = gl.cdiv(N, STEP) * 4 if GATED else gl.cdiv(N, 2 * ROWS)
+    steps = gl.cdiv(K, STEP)
+    ahead = 0
+    if not GATED:  # weights do not wait for the first GEMM; the tiles were listed before it began
+        first, end, left, pieces = _pieces(gl.load(tiles) * blocks, steps)
+        t, begin, stop = _piece(0, first, end, left, steps)
+        ahead = gl.where(pieces > 0, gl.minimum(stop - begin, STAGES), 0)
+        block, e, _, _ = _tile(gl.where(pieces > 0, t, 0), tiles, blocks, TOKENS)
+        for j in range(ahead):
+            _copy_weights(w, w_smem, full, j, e, block, begin + j, N, TOKENS, GATED)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    blocks = gl.cdiv(N, STEP) * 4 if GATED else gl.cdiv(N, 2 * ROWS)
     gl.warp_specialize(
         [
             (_multiply, (
-                0, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, limit, alpha, beta,
-                blocks, N, K, scale_columns, width, TOKENS, STAGES, GATED, ACTIVATION,
+                0, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, sums, flags, limit,
+                alpha, beta, blocks, N, K, scale_columns, width, TOKENS, STAGES, GATED, ACTIVATION,
             )),
             (_multiply, (
-                1, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, limit, alpha, beta,
-                blocks, N, K, scale_columns, width, TOKENS, STAGES, GATED, ACTIVATION,
+                1, x_smem, w_smem, full, empty, w_scale, w_global, out, tiles, sums, flags, limit,
+                alpha, beta, blocks, N, K, scale_columns, width, TOKENS, STAGES, GATED, ACTIVATION,
             )),
             (_copy, (
-                x, w, x_smem, w_smem, full, empty, tiles, blocks, N, K, TOKENS, STAGES, GATED,
+                x, w, x_smem, w_smem, full, empty, tiles, ahead, blocks, N, K, TOKENS, STAGES,
+                GATED,
             )),
         ],
         [4, 1],

@@ -74,7 +74,7 @@ class Stream:
     """FP8 and NVFP4 with a few tokens per expert (`stream.py`).
 
     Attributes:
-        tokens: of a tile, 8, 16 or 32.
+        tokens: of a tile, 8 or 16, for NVFP4 also 32.
         stages13, stages2: steps of 128 bytes that shared memory holds, for either GEMM.
     """
 
@@ -165,6 +165,20 @@ ENOUGH_TILES = 528
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
+# Weights streamed: from as many tiles as an H200 works on at once to so many slots per expert, with
+# tiles of so many tokens. Measured from 0.2 to 28 slots.
+STREAM_TILES = 264
+STREAM_MOST_SLOTS = 8192  # each program of the routing launch looks through all of them
+STREAM_SLOTS = {
+    Fp8BlockWeights.name: ((4, 8),),
+    Nvfp4Weights.name: ((4, 8), (9, 16), (20, 32)),
+}
+# Stages for tiles of so many tokens: what fits twice into a multiprocessor's shared memory, up to
+# six, an even number where warp groups take them in turn.
+STREAM_STAGES = {
+    Fp8BlockWeights.name: {8: (6, 6), 16: (4, 5)},
+    Nvfp4Weights.name: {8: (5, 5), 16: (4, 4), 32: (3, 3)},
+}
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -175,7 +189,8 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
         weights = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8
         if slots * layer.num_local_experts / layer.num_experts * weights <= FEW_BYTES:
             return few(layer, tokens)
-    return tiles(layer, tokens)
+    streamed = _streamed(layer, tokens)
+    return tiles(layer, tokens) if streamed is None else stream(layer, streamed)
 
 
 def few(layer: LayerConfig, tokens: int) -> Few:
@@ -192,6 +207,35 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     # Rows of few reads: those of several slots together.
     second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
     return Few(first, second, 16, 1 if tokens <= 2 else 2 if tokens <= 4 else 4)
+
+
+def stream(layer: LayerConfig, tile_tokens: int) -> Stream:
+    """Weights streamed past tiles of so many tokens."""
+    return Stream(tile_tokens, *STREAM_STAGES[layer.format][tile_tokens])
+
+
+def streams(layer: LayerConfig) -> bool:
+    """Whether a layer's weights can be streamed: what `stream.check` wants."""
+    if not sorts_tokens() or layer.format not in STREAM_STAGES:
+        return False
+    if layer.format == Nvfp4Weights.name:
+        return not layer.hidden_size % 32 and not layer.intermediate_size % 64
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    rows_and_columns = n13 % 32 or k13 % 128 or n2 % 64 or (k2 % 64 and k2 != 32)
+    return not layer.hidden_size % 128 and not rows_and_columns
+
+
+def _streamed(layer: LayerConfig, tokens: int) -> int | None:
+    """Tokens of a tile where weights are streamed."""
+    if not streams(layer) or tokens * layer.top_k > STREAM_MOST_SLOTS:
+        return None
+    slots = tokens * layer.top_k / layer.num_experts
+    hit = layer.num_local_experts * (1 - exp(-slots))
+    if hit * cdiv(layer.intermediate_size, 64) < STREAM_TILES:
+        return None
+    return next((tile for most, tile in STREAM_SLOTS[layer.format] if slots <= most), None)
 
 
 def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill | Wide:
