@@ -66,8 +66,9 @@ def test_matrix(name, activation, kernel):
     assert faults == []
 
 
-# Where activations are quantised, wide enough that one that rounds the other way, of a few tokens,
-# is not beyond what is accepted (with 256 hidden columns it is, for every method that quantises).
+# Of few tokens, single hidden columns that round to the next FP8 value weigh more: on an H200 every
+# method that quantises is up to 3.6e-2 from the reference, and all by the same amount.
+FEW, REL_L2_FEW = 16, 5e-2
 STREAMED = (
     Case("fp8_block", STEP, hidden_size=1024, intermediate_size=1024),
     Case("fp8_block", STEP, hidden_size=1024, intermediate_size=672, w13_block=(32, 128),
@@ -100,7 +101,10 @@ def test_stream(case, tokens_of_a_tile):
                 outputs = [hopper.run(p.layer, tensors, *given, choice) for _ in range(3)]
                 p = replace(p, reference=answer(p))
                 found = difference(outputs[0], expected(p, groups))
-                if not passes(found, p.case, quantised=groups is not None):
+                right = passes(found, p.case, quantised=groups is not None)
+                if groups is not None and tokens < FEW:
+                    right = found.within(REL_L2_FEW, norm=2e-2)
+                if not right:
                     faults.append(f"{p.case.name}: {found}")
                 if not all(torch.equal(out, outputs[0]) for out in outputs):
                     faults.append(f"{p.case.name}: not repeated")

@@ -1,12 +1,15 @@
 """FP8 and NVFP4 with a few tokens per expert: what copies bring, the GEMMs compiled for sm_90a.
 
-The routing launch runs in Triton's interpreter in `hopper_sort.py`.
+In Triton's interpreter run the dealing out of tiles (`hopper_share.py`) and the routing launch
+(`hopper_sort.py`).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +78,19 @@ def built(kernel, constants, kinds):
     return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def test_every_step_is_dealt_out_once():
+    script = Path(__file__).with_name("hopper_share.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split()[-1] == "right"
+
+
 @pytest.mark.parametrize("tokens", [8, 16])
 @pytest.mark.parametrize(
     ("first", "block"),
@@ -88,6 +104,7 @@ def test_gemm(first, block, tokens, tmp_path):
     assert found == {f"m64n{tokens}k32.f32.e4m3.e4m3"}
     assert f"cp.async.bulk.tensor.{5 if first else 2}d" in ptx
     assert made.metadata.shared <= TWO_PROGRAMS
+    copies_before_the_wait(ptx, not first)
     # Once for the barriers; and in each warp group before the tokens' scales may be overwritten.
     assert ptx.count("fence.proxy.async") == 3
     registers, stack, code = machine(made, tmp_path)
@@ -129,6 +146,7 @@ def test_gemm_nvfp4(gated, tokens, tmp_path):
     # The first operand comes from registers.
     assert re.search(r"wgmma\.mma_async\S+ \{[^}]*\}, \{[^}]*\}, ", ptx)
     assert made.metadata.shared <= TWO_PROGRAMS
+    copies_before_the_wait(ptx, not gated)
     # Codes are read by ordinary loads: before the next copy may write, a fence.
     assert ptx.count("fence.proxy.async") == 3
     registers, stack, code = machine(made, tmp_path)
@@ -136,6 +154,13 @@ def test_gemm_nvfp4(gated, tokens, tmp_path):
     assert stack <= 16
     # Short of registers, the assembler would wait for each product before the next.
     assert 0 < 8 * code.count("WARPGROUP.DEPBAR") <= code.count("HGMMA")
+
+
+def copies_before_the_wait(ptx, expected):
+    """Whether weights, but no tokens, are copied before the launch before has ended."""
+    before, _ = ptx.split("griddepcontrol.wait")
+    assert (before.count("cp.async.bulk.tensor") == 2) == expected
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
 
 
 def machine(made, folder):

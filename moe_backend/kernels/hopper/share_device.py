@@ -17,6 +17,7 @@ before the launch. Parts are handed over by different warp groups.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,52 +25,52 @@ from triton.experimental.gluon import language as gl
 LEAST_STEPS: tl.constexpr = tl.constexpr(4)  # fewer take less time than handing over their sums
 
 
-@gluon.jit
+@triton.jit
 def _share(program, total, steps):
     """First step of a program's share of the tiles that are left, and the first behind it."""
-    left = total % gl.num_programs(0)
+    left = total % tl.num_programs(0)
     shared = left * steps
-    sharers = gl.minimum(gl.num_programs(0), gl.maximum(left, shared // LEAST_STEPS))
-    nth = gl.num_programs(0) - 1 - program
-    each = shared // gl.maximum(sharers, 1)
+    sharers = tl.minimum(tl.num_programs(0), tl.maximum(left, shared // LEAST_STEPS))
+    nth = tl.num_programs(0) - 1 - program
+    each = shared // tl.maximum(sharers, 1)
     more = shared - each * sharers
-    first = gl.minimum(nth * each + gl.minimum(nth, more), shared)
-    return first, gl.minimum(first + each + gl.where(nth < more, 1, 0), shared)
+    first = tl.minimum(nth * each + tl.minimum(nth, more), shared)
+    return first, tl.minimum(first + each + tl.where(nth < more, 1, 0), shared)
 
 
-@gluon.jit
+@triton.jit
 def _pieces(total, steps):
     """This program's share, the number of tiles left, and of the pieces that it works on."""
-    first, end = _share(gl.program_id(0), total, steps)
-    left = total % gl.num_programs(0)
-    shared = gl.where(first < end, gl.cdiv(end, steps) - first // steps, 0)
-    return first, end, left, shared + total // gl.num_programs(0)
+    first, end = _share(tl.program_id(0), total, steps)
+    left = total % tl.num_programs(0)
+    shared = tl.where(first < end, tl.cdiv(end, steps) - first // steps, 0)
+    return first, end, left, shared + total // tl.num_programs(0)
 
 
-@gluon.jit
+@triton.jit
 def _piece(n, first, end, left, steps):
     """Tile of a program's n-th piece, its first step and the one behind its last."""
-    shared = gl.where(first < end, gl.cdiv(end, steps) - first // steps, 0)
+    shared = tl.where(first < end, tl.cdiv(end, steps) - first // steps, 0)
     t = first // steps + n
-    begin = gl.maximum(first - t * steps, 0)
-    stop = gl.minimum(end - t * steps, steps)
+    begin = tl.maximum(first - t * steps, 0)
+    stop = tl.minimum(end - t * steps, steps)
     whole = n >= shared
-    t = gl.where(whole, left + (n - shared) * gl.num_programs(0) + gl.program_id(0), t)
-    return t, gl.where(whole, 0, begin), gl.where(whole, steps, stop)
+    t = tl.where(whole, left + (n - shared) * tl.num_programs(0) + tl.program_id(0), t)
+    return t, tl.where(whole, 0, begin), tl.where(whole, steps, stop)
 
 
-@gluon.jit
-def _tile(t, tiles, blocks, TOKENS: gl.constexpr):
+@triton.jit
+def _tile(t, tiles, blocks, TOKENS: tl.constexpr):
     """Block of weight rows, expert, first and end position of tile `t`.
 
     The tiles of an expert's block follow each other: they read the same weights.
     """
     row = tiles + 1 + t // blocks * 4
-    e = gl.load(row)
-    start = gl.load(row + 1)
-    last = gl.load(row + 2)
-    inside = t - gl.load(row + 3) * blocks  # the expert's tiles
-    each = gl.cdiv(last - start, TOKENS)
+    e = tl.load(row)
+    start = tl.load(row + 1)
+    last = tl.load(row + 2)
+    inside = t - tl.load(row + 3) * blocks  # the expert's tiles
+    each = tl.cdiv(last - start, TOKENS)
     return inside // each, e, start + inside % each * TOKENS, last
 
 
