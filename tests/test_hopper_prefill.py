@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
+from interpreted import assert_right
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -27,16 +26,7 @@ GRID = (128, 128)
 
 
 def test_sorting_in_the_interpreter():
-    script = Path(__file__).with_name("hopper_sort.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split()[-1] == "right"
+    assert_right("hopper_sort.py")
 
 
 def compiled(gated, half, group, block):

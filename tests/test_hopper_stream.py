@@ -6,10 +6,8 @@ In Triton's interpreter run the dealing out of tiles (`hopper_share.py`) and the
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+from interpreted import assert_right
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -79,16 +78,7 @@ def built(kernel, constants, kinds):
 
 
 def test_every_step_is_dealt_out_once():
-    script = Path(__file__).with_name("hopper_share.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split()[-1] == "right"
+    assert_right("hopper_share.py")
 
 
 @pytest.mark.parametrize("tokens", [8, 16])
