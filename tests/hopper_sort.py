@@ -86,7 +86,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         scale = torch.full((cdiv(hidden, 128), positions), float("nan"))
         sort_device.plan_kernel[(1 + tokens,)](
             x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale,
-            position, found, flags, slots, experts, local_experts, hidden, width, positions,
+            position, found, flags, slots, experts, hidden, width, positions,
             CHUNK + 4, QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k,
             KS=next_power(top_k), CHUNK=CHUNK, EXPERTS=next_power(local_experts),
             GROUPS=next_power(cdiv(width, 128)), TOKENS=TILE, PDL=False,

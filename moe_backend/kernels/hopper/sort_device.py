@@ -88,6 +88,18 @@ def place_kernel(
 
 
 @triton.jit
+def _coded(value, DTYPE: tl.constexpr, QUANTISED: tl.constexpr, GROUPS: tl.constexpr):
+    """A token's `[GROUPS, 128]` columns as the first GEMM reads them, and the scale of each row."""
+    amax = tl.max(tl.abs(value), 1)
+    scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+    if QUANTISED:
+        code = (value / scale[:, None]).to(DTYPE)
+    else:
+        code = _in_nvfp4_order(value.to(DTYPE), GROUPS * 128)
+    return code, scale
+
+
+@triton.jit
 def permute_kernel(
     x, topk_weights, local, rank, base, position, operand, operand_scale, H, width, scale_stride,
     QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr,
@@ -113,13 +125,7 @@ def permute_kernel(
     value = tl.load(x + token * H + column, mask=column < read, other=0.0).to(tl.float32)
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
-    if QUANTISED:
-        amax = tl.max(tl.abs(value), 1)
-        scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
-        value = value / scale[:, None]
-    code = value.to(operand.dtype.element_ty)
-    if not QUANTISED:
-        code = _in_nvfp4_order(code, GROUPS * 128)
+    code, scale = _coded(value, operand.dtype.element_ty, QUANTISED, GROUPS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -139,7 +145,7 @@ def permute_kernel(
 @triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride", "num_flags"])
 def plan_kernel(
     x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, flags, num_slots,
-    num_ids, num_local, H, width, scale_stride, num_flags,
+    num_ids, H, width, scale_stride, num_flags,
     QUANTISED: tl.constexpr, HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
     TOP_K: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
@@ -192,13 +198,7 @@ def plan_kernel(
         value = given.to(tl.float32)
         if WEIGHT_ON_INPUT:
             value *= tl.load(topk_weights + token)
-        if QUANTISED:
-            amax = tl.max(tl.abs(value), 1)
-            scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
-            value = value / scale[:, None]
-        code = value.to(operand.dtype.element_ty)
-        if not QUANTISED:
-            code = _in_nvfp4_order(code, GROUPS * 128)
+        code, scale = _coded(value, operand.dtype.element_ty, QUANTISED, GROUPS)
         first_of = tl.sum(tl.where(e[None, :] == own[:, None], start[None, :], 0), 1)
         place = tl.where(own >= 0, first_of + rank, -1)
         tl.store(position + token * TOP_K + k, place, mask=k < TOP_K)

@@ -12,7 +12,7 @@ from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.hopper import wide
 from moe_backend.kernels.hopper.sorted_tokens import PDL, SortedTokens, combine, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import STREAM_STAGES, Stream, require
+from moe_backend.kernels.hopper.tiles import STREAM_STAGES, Stream, require, stream_needs
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
@@ -190,7 +190,7 @@ def _plan(
     weights = topk_weights.float().contiguous()
     sort_device.plan_kernel[(1 + tokens,)](
         x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
-        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, e, h, width,
+        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, h, width,
         positions, flags.numel(), QUANTISED=fp8, HAS_MAP=expert_map is not None,
         WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
         KS=triton.next_power_of_2(top_k), CHUNK=CHUNK,
@@ -213,16 +213,8 @@ def _turns_of_eight(w13: torch.Tensor, e: int, i: int, h: int) -> Any:
 
 def check(layer: LayerConfig, choice: Stream) -> None:
     """Raises ValueError for what the device code cannot take."""
-    sizes = sorted(STREAM_STAGES.get(layer.format, ()))
+    require(layer.format in STREAM_STAGES, "FP8 or NVFP4")
+    sizes = sorted(STREAM_STAGES[layer.format])
     require(choice.tokens in sizes, f"tiles of {sizes} tokens")
-    if layer.format == Nvfp4Weights.name:
-        wide.check_sizes(layer)
-        return
-    assert layer.w13_block is not None
-    assert layer.w2_block is not None
-    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
-    require(layer.hidden_size % 128 == 0, "a hidden size that is a multiple of 128")
-    require(n13 % 32 == 0, "one scale of w13 for 32 rows")
-    require(k13 % 128 == 0, "one scale of w13 for a step of 128 columns")
-    require(n2 % 64 == 0, "one scale of w2 for 64 rows")
-    require(k2 % 64 == 0 or k2 == 32, "scales of w2 for 32 columns or multiples of 64")
+    for holds, wanted in stream_needs(layer):
+        require(holds, wanted)

@@ -215,16 +215,35 @@ def stream(layer: LayerConfig, tile_tokens: int) -> Stream:
 
 
 def streams(layer: LayerConfig) -> bool:
-    """Whether a layer's weights can be streamed: what `stream.check` wants."""
-    if not sorts_tokens() or layer.format not in STREAM_STAGES:
-        return False
+    """Whether a layer's weights can be streamed here."""
+    known = sorts_tokens() and layer.format in STREAM_STAGES
+    return known and all(holds for holds, _ in stream_needs(layer))
+
+
+def stream_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
+    """What the device code of `stream.py` is written for, and whether a layer has it."""
     if layer.format == Nvfp4Weights.name:
-        return not layer.hidden_size % 32 and not layer.intermediate_size % 64
+        return code_needs(layer)
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
-    rows_and_columns = n13 % 32 or k13 % 128 or n2 % 64 or (k2 % 64 and k2 != 32)
-    return not layer.hidden_size % 128 and not rows_and_columns
+    return [
+        (layer.hidden_size % 128 == 0, "a hidden size that is a multiple of 128"),
+        (n13 % 32 == 0, "one scale of w13 for 32 rows"),
+        (k13 % 128 == 0, "one scale of w13 for a step of 128 columns"),
+        (n2 % 64 == 0, "one scale of w2 for 64 rows"),
+        (k2 % 64 == 0 or k2 == 32, "scales of w2 for 32 columns or multiples of 64"),
+    ]
+
+
+def code_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
+    """The same for the views of NVFP4 codes, `wide.gate_up_words` and `wide.down_words`."""
+    # Rows of codes begin at multiples of 16 bytes; copies bring gate and up rows in groups of 64.
+    whole = not layer.hidden_size % 32 and not layer.intermediate_size % 32
+    return [
+        (whole, "hidden and intermediate sizes that are multiples of 32"),
+        (layer.intermediate_size % 64 == 0, "an intermediate size that is a multiple of 64"),
+    ]
 
 
 def _streamed(layer: LayerConfig, tokens: int) -> int | None:

@@ -8,7 +8,7 @@ from moe_backend.formats import Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.hopper.sorted_tokens import PDL, TILE_TOKENS, combine, sort, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import Wide, require
+from moe_backend.kernels.hopper.tiles import Wide, code_needs, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
@@ -90,16 +90,8 @@ def _boxes(codes: torch.Tensor, shape: list[int], strides: list[int]) -> object:
 def check(layer: LayerConfig, choice: Wide) -> None:
     """Raises ValueError for what the device code cannot take."""
     require(layer.format == Nvfp4Weights.name, "NVFP4")
-    check_sizes(layer)
+    for holds, wanted in code_needs(layer):
+        require(holds, wanted)
     require(choice.tokens >= 2, "room for both halves of a step's tokens")
     require(choice.codes >= 1, "room for a step's codes")
     require(choice.tokens + choice.codes <= SLOTS, f"room for at most {SLOTS} tokens and codes")
-
-
-def check_sizes(layer: LayerConfig) -> None:
-    """Raises ValueError for sizes that the views of codes cannot take."""
-    # Rows of codes begin at multiples of 16 bytes.
-    for size in (layer.hidden_size, layer.intermediate_size):
-        require(size % 32 == 0, "hidden and intermediate sizes that are multiples of 32")
-    # Copies bring gate and up rows in groups of 64.
-    require(layer.intermediate_size % 64 == 0, "an intermediate size that is a multiple of 64")
