@@ -48,8 +48,9 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         BINS=bins,
         PDL=False,
     )
+    flags = torch.full((261,), 7, dtype=torch.int32)
     sort_device.place_kernel[(cdiv(local_experts, columns),)](
-        counts, base, tiles, local_experts, chunks,
+        counts, base, tiles, flags, local_experts, chunks, 260,
         CHUNKS=next_power(chunks), BINS=bins, COLUMNS=columns, TOKENS=TILE, PDL=False,
     )  # fmt: skip
     operand = torch.full((positions, hidden), float("nan"))
@@ -71,6 +72,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         rows += [[e, first, end] for first in range(start, end, TILE)]
         start = cdiv(end, 4) * 4
     assert torch.equal(position, expected), "positions"
+    assert flags.tolist() == [0] * 260 + [7], "flags taken down"
     assert tiles[0] == len(rows), "number of tiles"
     assert tiles[1 : 1 + 3 * len(rows)].view(-1, 3).tolist() == rows, "tiles"
     kept = torch.nonzero(expected >= 0).flatten()
@@ -87,8 +89,8 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
         sort_device.plan_kernel[(1 + tokens,)](
             x, torch.where(beyond, experts, given).to(dtype), expert_map, x, operand, scale,
             position, found, flags, slots, experts, hidden, width, positions,
-            CHUNK + 4, QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False, TOP_K=top_k,
-            KS=next_power(top_k), CHUNK=CHUNK, EXPERTS=next_power(local_experts),
+            CHUNK + 4, QUANTISED=quantised, HAS_MAP=True, WEIGHT_ON_INPUT=False,
+            TOP_K=top_k, KS=next_power(top_k), CHUNK=CHUNK, EXPERTS=next_power(local_experts),
             GROUPS=next_power(cdiv(width, 128)), TOKENS=TILE, PDL=False,
         )  # fmt: skip
         assert torch.equal(position, expected), "positions in one launch"

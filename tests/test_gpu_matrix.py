@@ -19,7 +19,7 @@ from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.hopper import kernel as hopper
 from moe_backend.kernels.hopper import tiles
 from moe_backend.kernels.registry import kernel_named
-from moe_backend.kernels.triton.variants import candidates, variants_missing
+from moe_backend.kernels.variants import candidates, variants_missing
 from moe_backend.verify import controls as verify_controls
 from moe_backend.verify.controls import controls
 from moe_backend.verify.metrics import difference

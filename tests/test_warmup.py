@@ -18,7 +18,7 @@ from moe_backend.kernels import warmup
 from moe_backend.kernels.hopper.kernel import HopperKernel
 from moe_backend.kernels.reference import ReferenceKernel
 from moe_backend.kernels.triton.kernel import TritonKernel, slice_tokens
-from moe_backend.kernels.triton.variants import candidates, variants_missing
+from moe_backend.kernels.variants import candidates, variants_missing
 from moe_backend.kernels.warmup import Report, warm_up
 from moe_backend.verify.problems import Case, build
 

@@ -20,7 +20,7 @@ import torch
 
 from moe_backend import envs
 from moe_backend.kernels.registry import Kernel, LayerConfig
-from moe_backend.kernels.triton.variants import Variant, compile_variants, variants_missing
+from moe_backend.kernels.variants import Variant, compile_variants, variants_missing
 
 SECONDS = 120.0  # unless MOE_BACKEND_WARMUP says otherwise
 MAX_CALLS = 512  # bounds what the time does not: variants that are all in Triton's cache

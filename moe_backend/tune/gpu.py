@@ -17,7 +17,7 @@ from moe_backend.kernels.hopper.kernel import HopperKernel, run
 from moe_backend.kernels.hopper.methods import Choice
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.variants import compile_variants
+from moe_backend.kernels.variants import compile_variants
 from moe_backend.tune.loop import Checked, Lost
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.run import REL_L2, REL_L2_QUANTISED

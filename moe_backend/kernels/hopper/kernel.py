@@ -12,12 +12,12 @@ import torch
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
-from moe_backend.kernels.hopper import few, prefill, stream, tiled, wide
+from moe_backend.kernels.hopper import few, flow, once, prefill, stream, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Prefill, Stream, Wide
+from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Prefill, Stream, Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
-from moe_backend.kernels.triton.variants import candidates
+from moe_backend.kernels.variants import candidates
 
 # Outputs before the sum over top-k: 2**29 in bf16 are a GiB, 16384 tokens of Step-3.5. What is
 # beyond is computed in slices, which read the weights once each.
@@ -55,6 +55,7 @@ class HopperKernel:
         return candidates(layer, most, lambda tokens: choose(layer, tokens))
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
+        once.make_room(weights.w13.device)
         # The views that the memory accelerator gets take rows to lie one after another.
         return [None if t is None else t.contiguous() for t in weights.tensors()]
 
@@ -111,6 +112,10 @@ def run(
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Stream):
         return stream.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Once):
+        return once.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Flow):
+        return flow.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Wide):
         return wide.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

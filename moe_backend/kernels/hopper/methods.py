@@ -13,18 +13,25 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
-from moe_backend.kernels.hopper import prefill, stream, tiles, wide
+from moe_backend.kernels.cuda import build
+from moe_backend.kernels.hopper import flow, once, prefill, stream, tiles, wide
 from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
 from moe_backend.kernels.hopper.tiled import check_tiles
-from moe_backend.kernels.hopper.tiles import Few, Prefill, Stream, Tile, Tiles, Wide
+from moe_backend.kernels.hopper.tiles import (
+    SHARED_BYTES,
+    Few,
+    Flow,
+    Once,
+    Prefill,
+    Stream,
+    Tile,
+    Tiles,
+    Wide,
+)
 from moe_backend.kernels.registry import LayerConfig
 
 Choice = Any  # one of the `METHODS`' types
 Number = int | bool
-
-# Shared memory that a program can have (CUDA C++ Programming Guide, compute capability 9.0).
-# Programs that do not fit beside each other on a multiprocessor run in turns: slow at most.
-SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -420,6 +427,42 @@ _FEW = Method(
     settle=lambda layer, choice: choice,
 )
 
+
+# --- Once and Flow: CUDA C++ ----------------------------------------------------------------------
+
+_ONCE = Method(
+    kind=Once,
+    check=once.check,
+    ladders={"blocks": (1, 2, 4)},
+    settle=lambda layer, choice: choice,
+    here=lambda choice: build.missing() is None,
+)
+
+
+def _settle_flow(layer: LayerConfig, choice: Flow) -> Flow:
+    """Wider tiles have fewer stages."""
+    return replace(
+        choice,
+        stages=min(
+            choice.stages, tiles.flow(layer, choice.tokens, choice.groups, choice.blocks).stages
+        ),
+    )
+
+
+_FLOW = Method(
+    kind=Flow,
+    check=lambda layer, tokens, choice: flow.check(layer, choice),
+    ladders={
+        "tokens": (8, 16, 24, 32, 64, 96, 128),
+        "groups": (2, 3, 4),
+        "blocks": (1, 2, 3),
+        "stages": (2, 3, 4, 5, 6, 7, 8),
+    },
+    settle=_settle_flow,
+    here=lambda choice: build.missing() is None,
+)
+
 METHODS: dict[str, Method] = {
     "tiles": _TILES, "prefill": _PREFILL, "stream": _STREAM, "wide": _WIDE, "few": _FEW,
+    "once": _ONCE, "flow": _FLOW,
 }  # fmt: skip

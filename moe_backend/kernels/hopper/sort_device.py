@@ -45,19 +45,30 @@ def rank_kernel(
     tl.store(rank + slot, mine, mask=slot < num_slots)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
+def _take_down(flags, num_flags, BLOCK: tl.constexpr):
+    """Zeros, for launches that raise flags or count."""
+    for first in range(0, num_flags, BLOCK):
+        flag = first + tl.arange(0, BLOCK)
+        tl.store(flags + flag, tl.zeros((BLOCK,), tl.int32), mask=flag < num_flags)
+
+
+@triton.jit(do_not_specialize=["chunks", "num_flags"])
 def place_kernel(
-    counts, base, tiles, num_local, chunks,
+    counts, base, tiles, flags, num_local, chunks, num_flags,
     CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`base[chunk, e]`: position of a chunk's first slot of expert e, for COLUMNS of the experts.
 
-    `tiles` gets the number of tiles, then expert, first position and end position of each.
+    `tiles` gets the number of tiles, then expert, first position and end position of each; the
+    flags are taken down.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if tl.program_id(0) == 0:
+        _take_down(flags, num_flags, 256)
     chunk = tl.arange(0, CHUNKS)[:, None]
     own = tl.program_id(0)
     position = 0
@@ -191,9 +202,7 @@ def plan_kernel(
             tl.store(entry + 2, start + found, mask=t < each)
             tl.store(entry + 3, row, mask=t < each)
         tl.store(tiles, tl.sum(each, 0))
-        for first in range(0, num_flags, CHUNK):
-            flag = first + tl.arange(0, CHUNK)
-            tl.store(flags + flag, tl.zeros((CHUNK,), tl.int32), mask=flag < num_flags)
+        _take_down(flags, num_flags, CHUNK)
     else:
         value = given.to(tl.float32)
         if WEIGHT_ON_INPUT:

@@ -13,6 +13,7 @@ from moe_backend.kernels.registry import LayerConfig
 
 TILE_TOKENS = 128
 CHUNK = 512  # slots that one program of the routing sorts
+CHUNK_AT_ONCE = 256  # slots that each program looks at together where one launch does it all
 # Not for the first launch: it reads the routing at once, so it must wait for what came before it,
 # as launches do. Overlapped, it may read ids that are still to come.
 PDL: dict[str, Any] = {"PDL": True, "launch_pdl": True}
@@ -44,8 +45,15 @@ def sort(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
+    tile_tokens: int = TILE_TOKENS,
+    flags: torch.Tensor | None = None,
 ) -> SortedTokens:
-    """Tokens as the first GEMM wants them; arguments as in `registry.Kernel.apply`."""
+    """Tokens as the first GEMM wants them; arguments as in `registry.Kernel.apply`.
+
+    Args:
+        tile_tokens: tokens of a tile at most.
+        flags: int32, zeros afterwards.
+    """
     import triton
 
     from moe_backend.kernels.hopper import sort_device
@@ -64,7 +72,7 @@ def sort(
     width = h if fp8 else cdiv(h, 256) * 256
     local, rank, position = empty(3, slots, dtype=torch.int32)
     counts, base = empty(2, chunks, bins, dtype=torch.int32)
-    tiles = empty(1 + 3 * (slots // TILE_TOKENS + e), dtype=torch.int32)
+    tiles = empty(1 + 3 * (slots // tile_tokens + e), dtype=torch.int32)
     operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
     scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
     ids = topk_ids.contiguous()
@@ -75,13 +83,59 @@ def sort(
         CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
     )  # fmt: skip
     sort_device.place_kernel[(cdiv(e, columns),)](
-        counts, base, tiles, e, chunks, CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
-        COLUMNS=columns, TOKENS=TILE_TOKENS, num_warps=8, **PDL,
+        counts, base, tiles, tiles if flags is None else flags, e, chunks,
+        0 if flags is None else flags.numel(), CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
+        COLUMNS=columns, TOKENS=tile_tokens, num_warps=8, **PDL,
     )  # fmt: skip
     sort_device.permute_kernel[(tokens,)](
         x.contiguous(), weights, local, rank, base, position, operand, scale, h, width, positions,
-        QUANTISED=fp8, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
-        CHUNK=CHUNK, BINS=bins, GROUPS=triton.next_power_of_2(cdiv(width, 128)), num_warps=4, **PDL,
+        QUANTISED=fp8, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input,
+        TOP_K=top_k, CHUNK=CHUNK, BINS=bins, GROUPS=triton.next_power_of_2(cdiv(width, 128)),
+        num_warps=4, **PDL,
+    )  # fmt: skip
+    return SortedTokens(operand, scale, position, tiles, weights)
+
+
+def sort_at_once(
+    layer: LayerConfig,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    tile_tokens: int,
+    flags: torch.Tensor,
+) -> SortedTokens:
+    """As `sort`, in one launch, for so few slots that each program may look through all.
+
+    `tiles` has a fourth number for each tile, which of its expert's tiles came first of all.
+    """
+    import triton
+
+    from moe_backend.kernels.hopper import sort_device
+
+    tokens, top_k = topk_ids.shape
+    e, h, slots = layer.num_local_experts, layer.hidden_size, tokens * top_k
+    fp8 = layer.format == Fp8BlockWeights.name
+    width = h if fp8 else cdiv(h, 256) * 256
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
+    position = empty(slots, dtype=torch.int32)
+    tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
+    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
+    ids = topk_ids.contiguous()
+    weights = topk_weights.float().contiguous()
+    sort_device.plan_kernel[(1 + tokens,)](
+        x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
+        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, h, width,
+        positions, flags.numel(), QUANTISED=fp8, HAS_MAP=expert_map is not None,
+        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
+        KS=triton.next_power_of_2(top_k), CHUNK=CHUNK_AT_ONCE,
+        EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
+        TOKENS=tile_tokens, PDL=True, num_warps=4,
     )  # fmt: skip
     return SortedTokens(operand, scale, position, tiles, weights)
 

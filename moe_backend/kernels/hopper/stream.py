@@ -10,7 +10,7 @@ import torch
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.hopper import wide
-from moe_backend.kernels.hopper.sorted_tokens import PDL, SortedTokens, combine, view
+from moe_backend.kernels.hopper.sorted_tokens import PDL, SortedTokens, combine, sort_at_once, view
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import STREAM_STAGES, Stream, require, stream_needs
 from moe_backend.kernels.registry import LayerConfig
@@ -19,7 +19,6 @@ from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 SHARED_BYTES = 113 * 1024  # half of what a multiprocessor has
 COLUMNS = 64  # hidden columns that share a scale
 SCALE_TOKENS = 32  # of whose scales a copy brings a step's
-CHUNK = 256  # slots that a program of the routing looks at together
 PARTS = 2  # in which a program hands over its sums of a tile, see `share_device.py`
 # Two programs share a multiprocessor: 80 registers a thread when they start, of which the copying
 # warp leaves most to those that multiply.
@@ -165,39 +164,10 @@ def _plan(
     expert_map: torch.Tensor | None,
     tile_tokens: int,
 ) -> _Plan:
-    """As `sorted_tokens.sort`, in one launch; the list of tiles is `share_device.py`'s."""
-    import triton
-
-    from moe_backend.kernels.hopper import sort_device
-
-    tokens, top_k = topk_ids.shape
-    e, h, slots = layer.num_local_experts, layer.hidden_size, tokens * top_k
-    fp8 = layer.format == Fp8BlockWeights.name
-    width = h if fp8 else cdiv(h, 256) * 256
     programs = 2 * multiprocessors(x.device)
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
-    position = empty(slots, dtype=torch.int32)
-    tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
-    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
-    flags = empty(2, programs, PARTS, dtype=torch.int32)
-    sums = empty(programs, PARTS, 64, tile_tokens, dtype=torch.float32)
-    ids = topk_ids.contiguous()
-    weights = topk_weights.float().contiguous()
-    sort_device.plan_kernel[(1 + tokens,)](
-        x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
-        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, h, width,
-        positions, flags.numel(), QUANTISED=fp8, HAS_MAP=expert_map is not None,
-        WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
-        KS=triton.next_power_of_2(top_k), CHUNK=CHUNK,
-        EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
-        TOKENS=tile_tokens, PDL=True, num_warps=4,
-    )  # fmt: skip
-    ordered = SortedTokens(operand, scale, position, tiles, weights)
+    flags = torch.empty(2, programs, PARTS, dtype=torch.int32, device=x.device)
+    sums = torch.empty(programs, PARTS, 64, tile_tokens, dtype=torch.float32, device=x.device)
+    ordered = sort_at_once(layer, x, topk_weights, topk_ids, expert_map, tile_tokens, flags)
     return _Plan(ordered, sums, flags)
 
 

@@ -145,7 +145,49 @@ class Wide:
         return None
 
 
-Choice = Tiles | Prefill | Stream | Few | Wide
+@dataclass(frozen=True)
+class Once:
+    """All in one launch, for few tokens (`once.py`).
+
+    Attributes:
+        blocks: of eight tokens, 1, 2 or 4: the columns of every product.
+    """
+
+    blocks: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """FP8 and NVFP4, both GEMMs in one launch, weights first (`flow.py`).
+
+    Attributes:
+        tokens: of a tile at most, 8 to 128, for NVFP4 to 32.
+        groups: of four warps that multiply, 2 to 4; 4 for NVFP4.
+        blocks: of 64 weight rows for each of these, 1 to 3; 1 for NVFP4, whose tiles have 128 rows.
+        stages: steps of 128 bytes of weight rows that shared memory holds.
+    """
+
+    tokens: int
+    groups: int
+    blocks: int
+    stages: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return (
+            (128, 32 * self.groups * self.blocks) if layer.format == Fp8BlockWeights.name else None
+        )
+
+
+Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow
+
+# Shared memory that a program can have (CUDA C++ Programming Guide, compute capability 9.0).
+# Programs that do not fit beside each other on a multiprocessor run in turns: slow at most.
+SHARED_BYTES = 227 * 1024
 
 
 def require(holds: bool, wanted: str) -> None:
@@ -244,6 +286,93 @@ def code_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
         (whole, "hidden and intermediate sizes that are multiples of 32"),
         (layer.intermediate_size % 64 == 0, "an intermediate size that is a multiple of 64"),
     ]
+
+
+def once_needs(layer: LayerConfig, blocks: int) -> list[tuple[bool, str]]:
+    """What the device code of `once.py` is written for, and whether a layer has it."""
+    h, i, columns = layer.hidden_size, layer.intermediate_size, 8 * blocks
+    fp8 = layer.format == Fp8BlockWeights.name
+    # Beside the ring: tokens in rows that are padded, sums of the warps, tables.
+    tokens = columns * (cdiv(2 * h - 64, 128) * 128 + 64)
+    hits = min(layer.num_local_experts, columns * layer.top_k)
+    tables = 4 * (hits * (columns + 1) + layer.num_local_experts + columns * layer.top_k + 64)
+    left = SHARED_BYTES - tokens - 8192 * blocks - tables
+    stage = 16 * (2048 + 64) + (16 * 272 if layer.format == Nvfp4Weights.name else 512)
+    needs = [
+        (layer.top_k * columns <= 256, f"at most 256 slots of {columns} tokens"),
+        (left >= 2 * stage, f"room for two steps beside {columns} tokens of {h} columns"),
+    ]
+    if layer.format == Nvfp4Weights.name:
+        whole = h % 256 == 0 and i % 256 == 0
+        return [*needs, (whole, "hidden and intermediate sizes that are multiples of 256")]
+    if not fp8:
+        whole = h % 32 == 0 and i % 32 == 0
+        return [*needs, (whole, "hidden and intermediate sizes that are multiples of 32")]
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    return [
+        *needs,
+        (h % 128 == 0, "a hidden size that is a multiple of 128"),
+        (i % 32 == 0, "an intermediate size that is a multiple of 32"),
+        (n13 % 8 == 0 and n2 % 16 == 0, "one scale for 8 rows of w13 and for 16 of w2"),
+        (k13 % 128 == 0, "one scale of w13 for 128 columns"),
+        (k2 % 128 == 0 or k2 in (32, 64), "scales of w2 for 32, 64 or multiples of 128 columns"),
+    ]
+
+
+def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
+    """The same for `flow.py` and its tiles."""
+    h, i, tokens = layer.hidden_size, layer.intermediate_size, choice.tokens
+    fits = _flow_bytes(layer, choice) <= SHARED_BYTES and choice.stages >= 2
+    needs = [(fits, "2 stages or more that fit into shared memory")]
+    if layer.format == Nvfp4Weights.name:
+        return [
+            *needs,
+            (tokens in (8, 16, 24, 32), "tiles of 8, 16, 24 or 32 tokens"),
+            (choice.groups == 4 and choice.blocks == 1, "4 groups with 1 block"),
+            (h % 256 == 0 and i % 256 == 0, "sizes that are multiples of 256"),
+        ]
+    if layer.format != Fp8BlockWeights.name:
+        return [(False, "FP8 or NVFP4")]
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    return [
+        *needs,
+        (tokens in (8, 16, 32, 64, 96, 128), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
+        (choice.groups in (2, 3, 4) and choice.blocks in (1, 2, 3), "2 to 4 groups, 1 to 3 blocks"),
+        (tokens * choice.blocks <= {2: 256, 3: 128, 4: 64}.get(choice.groups, 0), "fewer sums"),
+        (h % 64 == 0 and i % 16 == 0, "a hidden size in 64s, an intermediate size in 16s"),
+        (n13 % 32 == 0 and n2 % 64 == 0, "one scale for 32 rows of w13 and for 64 of w2"),
+        (all(k % 128 == 0 or k in (32, 64) for k in (k13, k2)), "scales for 32 columns or more"),
+    ]
+
+
+def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
+    """Shared memory of a program."""
+    tokens, stages = choice.tokens, choice.stages
+    if layer.format == Nvfp4Weights.name:
+        ring = stages * (128 * 128 + 128 * 16 + tokens * 512 + 16)
+        return ring + 1536 * tokens + 512 + 4 * layer.num_local_experts
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    parts = choice.groups * choice.blocks
+    group = 32 * parts  # hidden columns that share a scale; their greatest power of two counts
+    sub13, sub2 = min(128, layer.w13_block[1]), min(128, layer.w2_block[1], group & -group)
+    stage = parts * 8192 + tokens * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 64
+    turned = min(tokens, 32 if parts <= 4 else 16)
+    staging = max(parts * turned * 128, tokens * max(group + 16, 16 * choice.groups))
+    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + 4 * tokens + 128
+
+
+def flow(layer: LayerConfig, tokens: int, groups: int = 4, blocks: int = 1) -> Flow:
+    """Tiles of so many tokens, with as many stages as fit, up to eight."""
+    for stages in range(8, 2, -1):
+        choice = Flow(tokens, groups, blocks, stages)
+        if _flow_bytes(layer, choice) <= SHARED_BYTES:
+            return choice
+    return Flow(tokens, groups, blocks, 2)
 
 
 def _streamed(layer: LayerConfig, tokens: int) -> int | None:

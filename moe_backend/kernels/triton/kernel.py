@@ -16,7 +16,7 @@ from moe_backend.activation import ActivationKind
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by, cdiv
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.variants import MULTIPLE, candidates
+from moe_backend.kernels.variants import MULTIPLE, candidates
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
 # Outputs before the sum over top-k are fp32; 2**27 of them are half a GiB, 4096 tokens of Step-3.5.

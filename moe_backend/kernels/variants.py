@@ -1,9 +1,10 @@
-"""The compiled variants that a call's Triton launches need: found without launching, and compiled.
+"""The compiled variants that a call's launches need: found without launching, and compiled.
 
-Which variant a launch needs is Triton's to say: by constants, dtypes, and which integers and
+Which variant a Triton launch needs is Triton's to say: by constants, dtypes, and which integers and
 pointers are 1 or multiples of 16. So the host code is run as it is, with launches that stop short
 of the GPU (`JITFunction.run(warmup=True)`), and Triton's hook is asked what it would compile. Read
-and run with Triton 3.6 and 3.9 (`runtime/jit.py`, `runtime/_async_compile.py`).
+and run with Triton 3.6 and 3.9 (`runtime/jit.py`, `runtime/_async_compile.py`). A kernel in CUDA
+C++ is one variant for each set of constants (`kernels.cuda.launch`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from moe_backend.kernels.cuda import build, launch
 from moe_backend.kernels.registry import LayerConfig
 
-Variant = tuple[str, str, str]  # module, kernel, and Triton's key of arguments and options
+# Module or source, kernel, and Triton's key of arguments and options or the constants.
+Variant = tuple[str, str, str]
 MAX_THREADS = 16
 MULTIPLE = 16  # what Triton specialises integers and pointers on
 
@@ -56,10 +59,14 @@ def variants_missing(call: Callable[[], None]) -> set[Variant]:
         missing.add((fn.module, fn.name, str(key)))
         return True  # do not compile it
 
+    def note_cuda(kernel: launch.Kernel) -> None:
+        if not launch.is_loaded(kernel):
+            missing.add((str(kernel.source), kernel.name, str(kernel[2:])))
+
     previous = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
     try:
-        with _without_launches():
+        with _without_launches(note_cuda):
             call()
     finally:
         knobs.runtime.jit_cache_hook = previous
@@ -79,20 +86,32 @@ def compile_variants(
     """
     import triton
 
-    with _count_compiled() as compiled:
+    threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with _count_compiled() as compiled, _Until(deadline, threads) as executor:
+        seen: set[launch.Kernel] = set()
+
+        def compile_cuda(kernel: launch.Kernel) -> None:
+            if kernel not in seen and not launch.is_loaded(kernel):
+                seen.add(kernel)
+                executor.submit(_compile_cuda, kernel, compiled)
+
         asynchronous = getattr(triton, "AsyncCompileMode", None)
         if asynchronous is None:  # an older Triton: each in turn
-            with _without_launches():
+            with _without_launches(compile_cuda):
                 for call in calls:
                     if time.monotonic() < deadline:
                         call()
-            return len(compiled)
-        threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        with _Until(deadline, threads) as executor:
-            with asynchronous(executor, ignore_errors=True), _without_launches():
+        else:
+            with asynchronous(executor, ignore_errors=True), _without_launches(compile_cuda):
                 for call in calls:
                     call()
-        return len(compiled)
+    return len(compiled)
+
+
+def _compile_cuda(kernel: launch.Kernel, compiled: list[str]) -> None:
+    _, anew = build.machine_code(kernel.source, kernel.constants)
+    if anew:
+        compiled.append(kernel.name)
 
 
 class _Until(ThreadPoolExecutor):
@@ -113,8 +132,11 @@ class _Until(ThreadPoolExecutor):
 
 
 @contextlib.contextmanager
-def _without_launches() -> Iterator[None]:
-    """Within, this thread's Triton launches end before the launch, compiled or not."""
+def _without_launches(cuda: Callable[[launch.Kernel], None]) -> Iterator[None]:
+    """Within, this thread's launches end before the launch; those in CUDA C++ tell `cuda`.
+
+    Triton compiles what it has not, or asks its hook.
+    """
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -126,7 +148,8 @@ def _without_launches() -> Iterator[None]:
 
     JITFunction.run = compile_only
     try:
-        yield
+        with launch.instead_of_launching(cuda):
+            yield
     finally:
         JITFunction.run = run
 

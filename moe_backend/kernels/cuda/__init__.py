@@ -1,0 +1,1 @@
+"""CUDA C++ compiled at run time and launched; the sources are beside the kernels that use them."""

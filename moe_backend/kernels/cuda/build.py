@@ -1,0 +1,121 @@
+"""CUDA C++ to machine code with NVRTC, which PyTorch's CUDA wheels bring along; and what is kept.
+
+A source is compiled once for each set of constants. The machine code is kept under
+`$XDG_CACHE_HOME/moe-backend/cuda` (else `~/.cache/...`), named by a hash of all that it is made of.
+Deleting the folder is always safe, and one that cannot be written only means that the next start
+compiles again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+ARCHITECTURE = "sm_90a"  # wgmma and setmaxnreg are in no other
+Constants = Iterable[tuple[str, int]]  # macros and their values
+
+
+def folder() -> Path:
+    """Where machine code is kept from one start to the next."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moe-backend" / "cuda"
+
+
+@cache
+def missing() -> str | None:
+    """What this installation lacks to compile and launch, None if nothing; asked once."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        error, *_ = nvrtc.nvrtcVersion()
+    except ImportError:
+        return "cuda-bindings is not installed"
+    except Exception as error:  # the bindings raise what their loader raises
+        return f"NVRTC cannot be loaded ({error})"
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS or not hasattr(driver, "cuLibraryLoadData"):
+        return "the bindings are not those of CUDA 12 or newer"
+    return None
+
+
+def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
+    """The machine code of a source, and whether it had to be compiled.
+
+    Args:
+        source: includes headers of its own folder (`*.cuh`) alone.
+    Raises:
+        RuntimeError: it does not compile; the compiler's words.
+    """
+    options = _options(constants)
+    kept = _kept(source, options)
+    with contextlib.suppress(OSError):
+        return kept.read_bytes(), False
+    code = _compile(source, options)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, kept)
+    return code, True
+
+
+def _options(constants: Constants) -> list[str]:
+    defines = [f"-D{name}={value}" for name, value in sorted(constants)]
+    return [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *defines]
+
+
+def _kept(source: Path, options: list[str]) -> Path:
+    parts = [source.read_text(), *_headers(source.parent).values(), *options, str(_version())]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return folder() / f"{source.stem}-{key}.cubin"
+
+
+@cache
+def _headers(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
+
+
+@cache
+def _version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+def _compile(source: Path, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    headers = _headers(source.parent)
+    error, program = nvrtc.nvrtcCreateProgram(
+        source.read_text().encode(), source.name.encode(), len(headers),
+        [text.encode() for text in headers.values()], [name.encode() for name in headers],
+    )  # fmt: skip
+    _check(error)
+    try:
+        encoded = [option.encode() for option in options]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = b" " * size
+            nvrtc.nvrtcGetProgramLog(program, log)
+            words = log.rstrip(b"\0 ").decode(errors="replace")
+            raise RuntimeError(f"{source.name} {' '.join(options)} does not compile:\n{words}")
+        error, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(error)
+        code = b" " * size
+        _check(*nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _check(error: object) -> None:
+    from cuda.bindings import nvrtc
+
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC: {error}")

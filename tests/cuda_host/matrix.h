@@ -1,0 +1,214 @@
+// Numbers of 8 and 16 bits, and the tensor cores: mma of a warp, wgmma of four.
+#pragma once
+
+#include "host.h"
+
+template <int N> void take_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
+template <int N> void leave_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
+inline void compute_here(int&) {}
+inline int settled(int n) { return n; }
+
+namespace host {
+
+inline float from_bf16(u32 code) { return __uint_as_float(code << 16); }
+inline u32 round_bf16(float x) {
+    if (x != x) return 0x7FFF;
+    u32 bits = __float_as_uint(x);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline u32 round_fp8(float x) {
+    if (x != x) return 0x7F;
+    u32 bits = __float_as_uint(fabsf(x)), sign = __float_as_uint(x) >> 24 & 0x80;
+    if (bits < __float_as_uint(0.015625f)) return sign | static_cast<u32>(rintf(fabsf(x) * 512.0f));
+    // Three mantissa bits, and an exponent with bias 7 instead of 127.
+    u32 code = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return sign | min(code, 0x7Eu);
+}
+struct Fp8Values {
+    float of[256];
+    Fp8Values() {
+        for (int code = 0; code < 256; code++) {
+            int exponent = code >> 3 & 15, mantissa = code & 7;
+            float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+            if ((code & 0x7F) == 0x7F) size = NAN;
+            of[code] = code & 0x80 ? -size : size;
+        }
+    }
+};
+inline const Fp8Values fp8;
+
+typedef float Eight __attribute__((vector_size(32)));
+
+// d[rows][8 columns] += a[rows][DEPTH] b[DEPTH]
+template <int DEPTH> void multiply(Eight* d, const float (*a)[DEPTH], const Eight* b, int rows) {
+    for (int row = 0; row < rows; row++) {
+        Eight sum = d[row];
+        for (int k = 0; k < DEPTH; k++) sum += a[row][k] * b[k];
+        d[row] = sum;
+    }
+}
+
+// BYTES of an operand: 1 for e4m3, 2 for bf16; both have 32 bytes of depth.
+template <int BYTES> void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    constexpr int EACH = 4 / BYTES, DEPTH = 32 / BYTES;
+    struct Lane {
+        float* d;
+        u32 a[4], b[2];
+    } mine = {d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    meet_warp(BYTES == 1 ? "mma_fp8" : "mma_bf16", ~0u, mine, [](Lane** lanes) {
+        float rows[16][DEPTH];
+        Eight columns[DEPTH], sums[16];
+        for (int lane = 0; lane < 32; lane++) {
+            int g = lane / 4, t = lane % 4;
+            const Lane& from = *lanes[lane];
+            auto number = [](u32 word, int i) {
+                return BYTES == 1 ? fp8.of[word >> 8 * i & 0xFF] : from_bf16(word >> 16 * i & 0xFFFF);
+            };
+            for (int i = 0; i < EACH; i++) {
+                int k = EACH * t + i;
+                for (int j = 0; j < 4; j++) rows[g + j % 2 * 8][j / 2 * DEPTH / 2 + k] = number(from.a[j], i);
+                for (int j = 0; j < 2; j++) columns[j * DEPTH / 2 + k][g] = number(from.b[j], i);
+            }
+            for (int j = 0; j < 4; j++) sums[g + j / 2 * 8][2 * t + j % 2] = from.d[j];
+        }
+        multiply<DEPTH>(sums, rows, columns, 16);
+        for (int lane = 0; lane < 32; lane++)
+            for (int j = 0; j < 4; j++)
+                lanes[lane]->d[j] = sums[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
+    });
+}
+
+}  // namespace host
+
+inline u32 to_fp8(float a, float b, float c, float d) {
+    return host::round_fp8(a) | host::round_fp8(b) << 8 | host::round_fp8(c) << 16 | host::round_fp8(d) << 24;
+}
+inline u32 to_bf16(float a, float b) { return host::round_bf16(a) | host::round_bf16(b) << 16; }
+inline float low_bf16(u32 pair) { return host::from_bf16(pair & 0xFFFF); }
+inline float high_bf16(u32 pair) { return host::from_bf16(pair >> 16); }
+inline u32 multiply_bf16(u32 a, u32 b) {
+    return to_bf16(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
+}
+inline u32 max_bf16(u32 a, u32 b) {
+    return to_bf16(fmaxf(low_bf16(a), low_bf16(b)), fmaxf(high_bf16(a), high_bf16(b)));
+}
+inline void mma_fp8(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { host::mma<1>(d, a, b0, b1); }
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { host::mma<2>(d, a, b0, b1); }
+
+// Two 8x8 matrices, of whose columns lane i is given the place of the i-th.
+inline void store_transposed(void* row, u32 first, u32 second) {
+    struct Lane {
+        u16* row;
+        u32 words[2];
+    } mine = {static_cast<u16*>(row), {first, second}};
+    if (host::machine->current->lane() < 16) host::check_shared(row, 16, 16, "store_transposed");
+    host::meet_warp("store_transposed", ~0u, mine, [](Lane** lanes) {
+        for (int column = 0; column < 16; column++)
+            for (int g = 0; g < 8; g++) {
+                u32 word = lanes[4 * g + column % 8 / 2]->words[column / 8];
+                lanes[column]->row[g] = word >> 16 * (column % 2) & 0xFFFF;
+            }
+    });
+}
+
+// --- wgmma: m64nNk32 of e4m3 tiles with rows of 128 bytes, swizzled by address, in atoms of 1024 bytes ---
+
+namespace host {
+
+// A warp's 16 rows of a product: read when wgmma may read, at the latest at the warp's wait.
+inline void act(Warp& warp, Product& product) {
+    product.done = true;
+    const u8* shared = warp.block->shared - 1024;  // where shared_address is 0
+    auto number = [=](u64 tile, int row, int column) {
+        u64 at = tile + row * 128 + column;
+        return fp8.of[shared[at ^ (at >> 7 & 7) << 4]];
+    };
+    float rows[16][32];
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < 32; k++) rows[row][k] = number(product.a, warp.index % 4 * 16 + row, k);
+    for (int j = 0; j < product.columns / 8; j++) {
+        Eight columns[32], sums[16] = {};
+        for (int k = 0; k < 32; k++)
+            for (int i = 0; i < 8; i++) columns[k][i] = number(product.b, 8 * j + i, k);
+        auto each = [&](auto f) {
+            for (int lane = 0; lane < 32; lane++)
+                for (int i = 0; i < 4; i++)
+                    f(product.d[lane][4 * j + i], sums[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2]);
+        };
+        if (product.accumulate) each([](float d, float& sum) { sum = d; });
+        multiply<32>(sums, rows, columns, 16);
+        each([](float& d, float sum) { d = sum; });
+    }
+}
+
+inline void check_tile(u64 tile, int rows, const char* which) {
+    Block& block = *machine->current->block;
+    u64 end = tile / 128 * 128 + rows * 128;
+    if (tile < 1024 || tile % 128 > 96 || end > 1024 + static_cast<u64>(block.shared_bytes))
+        fail(text("wgmma: %s, %d rows from shared address %llu", which, rows, tile));
+}
+
+}  // namespace host
+
+inline u64 shared_matrix(const void* tile) {
+    host::check_shared(tile, 1024, 1024, "shared_matrix");
+    return shared_address(tile);
+}
+inline u64 columns_on(u64 matrix, int bytes) { return matrix + bytes; }
+
+inline void wgmma_fence() { host::machine->current->fenced = true; }
+
+// In the background: each warp's part happens at once or as late as its wait for it.
+template <int N> void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {
+    static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+    host::Fiber& self = *host::machine->current;
+    if (!self.fenced) host::fail("wgmma without wgmma_fence before it, since the last wgmma_wait");
+    host::check_tile(a, 64, "a");
+    host::check_tile(b, N, "b");
+    struct Mine {
+        u64 a, b;
+        bool accumulate;
+        float* d;
+    } mine = {a, b, accumulate, d};
+    host::meet(self.block->meetings, "wgmma", self.thread / 128, 128, &mine, [&](host::Meeting& meeting) {
+        host::Product products[4];
+        for (host::Product& product : products) product = {N, a, b, accumulate, false, -1, {}};
+        for (int i = 0; i < 128; i++) {
+            Mine& other = *static_cast<Mine*>(meeting.brought[i]);
+            int thread = meeting.fibers[i]->thread % 128;
+            if (other.a != a || other.b != b || other.accumulate != accumulate)
+                host::fail(host::text("wgmma: thread %d of the warp group has other operands", thread));
+            products[thread / 32].d[thread % 32] = other.d;
+        }
+        for (int w = 0; w < 4; w++) {
+            host::Warp& warp = *(self.warp - self.warp->index % 4 + w);
+            warp.products.push_back(products[w]);
+            if (host::dice(4) >= host::machine->prompt) continue;
+            for (host::Product& product : warp.products)
+                if (!product.done) host::act(warp, product);
+        }
+    });
+}
+inline void wgmma_commit() {
+    int none = 0;
+    host::meet_warp("wgmma_commit", ~0u, none, [](int**) {
+        host::Warp& warp = *host::machine->current->warp;
+        for (host::Product& product : warp.products)
+            if (product.batch < 0) product.batch = warp.batches;
+        warp.batches++;
+    });
+}
+template <int PENDING> void wgmma_wait() {
+    int none = 0;
+    host::meet_warp("wgmma_wait", ~0u, none, [](int**) {
+        host::Warp& warp = *host::machine->current->warp;
+        std::vector<host::Product> left;
+        for (host::Product& product : warp.products) {
+            if (product.batch < 0 || product.batch >= warp.batches - PENDING) left.push_back(product);
+            else if (!product.done) host::act(warp, product);
+        }
+        warp.products = left;
+    });
+    host::machine->current->fenced = false;
+}
+template <int N> void wgmma_touch(float (&)[N]) {}
