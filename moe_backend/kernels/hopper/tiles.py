@@ -12,6 +12,7 @@ from math import exp
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
+from moe_backend.kernels.cuda import build
 from moe_backend.kernels.registry import LayerConfig
 
 
@@ -204,6 +205,12 @@ FEW_SLOTS, FEW_BYTES = 64, 250e6
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).
 ENOUGH_TILES = 528
+# Tokens from which one launch wins over two of matrix-vector products; with other formats always.
+ONCE_FROM = {Fp8BlockWeights.name: 3}
+# Tokens of a tile by slots per expert where FP8 weights flow, and intermediate sizes of shards that
+# take 64 and more. Measured from 0.4 to 114 slots.
+FLOW_SLOTS = ((4, 8), (10, 16), (40, 32), (60, 64))
+FLOW_NARROW = 192
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
@@ -225,14 +232,40 @@ STREAM_STAGES = {
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
     """The method for a call with this many tokens, and its numbers."""
+    if _once(layer, tokens):
+        return Once(1)
     most = FEW_TOKENS_NARROW if layer.intermediate_size <= NARROW else FEW_TOKENS
     slots = tokens * layer.top_k
     if tokens <= most and slots <= FEW_SLOTS:
         weights = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8
         if slots * layer.num_local_experts / layer.num_experts * weights <= FEW_BYTES:
             return few(layer, tokens)
+    flowing = _flowing(layer, tokens)
+    if flowing is not None:
+        return flowing
     streamed = _streamed(layer, tokens)
     return tiles(layer, tokens) if streamed is None else stream(layer, streamed)
+
+
+def _once(layer: LayerConfig, tokens: int) -> bool:
+    """Whether one launch does it all."""
+    least = ONCE_FROM.get(layer.format, 1)
+    fits = least <= tokens <= 8 and all(holds for holds, _ in once_needs(layer, 1))
+    return fits and build.missing() is None
+
+
+def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
+    """Where both GEMMs go through one launch."""
+    slots = tokens * layer.top_k / layer.num_experts
+    if layer.format != Fp8BlockWeights.name or build.missing() is not None:
+        return None
+    narrow = layer.intermediate_size <= FLOW_NARROW
+    tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
+    if tile > 32 and not narrow:
+        return None  # tokens first
+    # All of a narrow shard's hidden columns in one tile: 192 of them.
+    choice = flow(layer, tile, 3, 2) if narrow and tile <= 64 else flow(layer, tile, 2, 2)
+    return choice if all(holds for holds, _ in flow_needs(layer, choice)) else None
 
 
 def few(layer: LayerConfig, tokens: int) -> Few:
