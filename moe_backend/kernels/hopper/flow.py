@@ -40,7 +40,7 @@ def run(
     counters = torch.empty(2 + layer.num_local_experts, dtype=torch.int32, device=x.device)
     given = layer, x, topk_weights, topk_ids, expert_map, WHOLE, counters
     at_once = slots <= AT_ONCE
-    ordered = (sort_at_once if at_once else sort)(*given, eights=not fp8)
+    ordered = (sort_at_once if at_once else sort)(*given)
     gemms = _fp8 if fp8 else _nvfp4
     partial = gemms(layer, tensors, ordered, counters, 4 if at_once else 3, choice)
     return combine(layer, ordered, partial)
