@@ -68,35 +68,14 @@ def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument
     if instead is not None:
         instead(kernel)
         return
-    from cuda.bindings import driver
-
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = kernel.shared
-    config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-    config.attrs = [_overlapped()]
-    config.numAttrs = 1
-    values = [_packed(argument) for argument in arguments]
-    addresses = [ctypes.addressof(value) for value in values]
-    pointers = (ctypes.c_void_p * len(values))(*addresses)
-    _checked(driver.cuLaunchKernelEx(config, load(kernel), ctypes.addressof(pointers), 0))
-
-
-def load(kernel: Kernel) -> Any:
-    """The driver's handle of a kernel, on every GPU that this process sees."""
     if kernel not in _loaded:
-        from cuda.bindings import driver
+        _loaded[kernel] = _load(kernel, machine_code(kernel)[0])
+    _start(_loaded[kernel], kernel, grid, threads, arguments)
 
-        code, _ = build.machine_code(kernel.source, kernel.constants)
-        library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
-        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for index in range(torch.cuda.device_count()):
-            device = _checked(driver.cuDeviceGet(index))
-            _checked(driver.cuKernelSetAttribute(most, kernel.shared, found, device))
-        _loaded[kernel] = found
-    return _loaded[kernel]
+
+def machine_code(kernel: Kernel) -> tuple[bytes, bool]:
+    """As `build.machine_code`."""
+    return build.machine_code(kernel.source, kernel.constants)
 
 
 def is_loaded(kernel: Kernel) -> bool:
@@ -112,6 +91,37 @@ def instead_of_launching(do: Callable[[Kernel], None]) -> Iterator[None]:
         yield
     finally:
         del _thread.instead
+
+
+def _load(kernel: Kernel, code: bytes) -> Any:
+    """The driver's handle of a kernel, on every GPU that this process sees."""
+    from cuda.bindings import driver
+
+    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+    found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    for index in range(torch.cuda.device_count()):
+        device = _checked(driver.cuDeviceGet(index))
+        _checked(driver.cuKernelSetAttribute(most, kernel.shared, found, device))
+    return found
+
+
+def _start(
+    handle: Any, kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]
+) -> None:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = kernel.shared
+    config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+    config.attrs = [_overlapped()]
+    config.numAttrs = 1
+    values = [_packed(argument) for argument in arguments]
+    addresses = [ctypes.addressof(value) for value in values]
+    pointers = (ctypes.c_void_p * len(values))(*addresses)
+    _checked(driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0))
 
 
 @cache
