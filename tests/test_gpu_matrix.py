@@ -66,6 +66,9 @@ def test_matrix(name, activation, kernel):
     assert faults == []
 
 
+# Of few tokens, single hidden columns that round to the next FP8 value weigh more: on an H200 every
+# method that quantises is up to 3.6e-2 from the reference, and all by the same amount.
+FEW, REL_L2_FEW = 16, 5e-2
 STREAMED = (
     Case("nvfp4", STEP, hidden_size=288, intermediate_size=192),
     Case("nvfp4", STEP, hidden_size=512, intermediate_size=512),

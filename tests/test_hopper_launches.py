@@ -48,7 +48,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
-        ("fp8_block", lambda layer: tiles.flow(layer, 8), FLOW),
+        ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
         ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),

@@ -174,7 +174,7 @@ def test_what_is_in_cuda_is_no_candidate_without_a_compiler():
     assert not any(isinstance(c, Once | Flow) for c in found)
     methods.check(LAYER, 8, Once(1))
     assert not sound(LAYER, 8, Once(1))
-    assert not sound(LAYER, 64, tiles.flow(LAYER, 8))
+    assert not sound(LAYER, 64, tiles.flow(LAYER, 8, 2, 2))
 
 
 def test_candidates_are_a_step_away_unless_another_number_follows():

@@ -338,6 +338,8 @@ def once_needs(layer: LayerConfig, blocks: int) -> list[tuple[bool, str]]:
 def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
     """The same for `flow.py` and its tiles."""
     h, i, tokens = layer.hidden_size, layer.intermediate_size, choice.tokens
+    if layer.format == Bf16Weights.name:
+        return [(False, "FP8 or NVFP4")]
     fits = _flow_bytes(layer, choice) <= SHARED_BYTES and choice.stages >= 2
     needs = [(fits, "2 stages or more that fit into shared memory")]
     if layer.format == Nvfp4Weights.name:
@@ -347,8 +349,6 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
             (choice.groups == 4 and choice.blocks == 1, "4 groups with 1 block"),
             (h % 256 == 0 and i % 256 == 0, "sizes that are multiples of 256"),
         ]
-    if layer.format != Fp8BlockWeights.name:
-        return [(False, "FP8 or NVFP4")]
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
