@@ -39,12 +39,12 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tensor of bytes as the tensor memory accelerator sees it.
+    """A tensor of bytes as the tensor memory accelerator sees it, swizzled by 128 bytes.
 
     Attributes:
         shape, strides: in bytes, the fastest dimension first; strides without the first one,
             multiples of 16.
-        box: of one copy; swizzled where its first dimension is 128 bytes.
+        box: of one copy, its first dimension 128 bytes.
     """
 
     tensor: torch.Tensor
@@ -55,6 +55,7 @@ class TensorMap:
 
 Argument = torch.Tensor | TensorMap | int | float
 _loaded: dict[Kernel, Any] = {}
+_ready: set[tuple[Kernel, int]] = set()  # on which GPU
 _thread = threading.local()
 
 
@@ -84,18 +85,19 @@ def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument
 
 
 def load(kernel: Kernel) -> Any:
-    """The driver's handle of a kernel, on every GPU that this process sees."""
-    if kernel not in _loaded:
-        from cuda.bindings import driver
+    """The driver's handle of a kernel, ready for the present GPU."""
+    from cuda.bindings import driver
 
+    if kernel not in _loaded:
         code, _ = build.machine_code(kernel.source, kernel.constants)
         library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+        _loaded[kernel] = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+    index = torch.cuda.current_device()
+    if (kernel, index) not in _ready:
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for index in range(torch.cuda.device_count()):
-            device = _checked(driver.cuDeviceGet(index))
-            _checked(driver.cuKernelSetAttribute(most, kernel.shared, found, device))
-        _loaded[kernel] = found
+        device = _checked(driver.cuDeviceGet(index))
+        _checked(driver.cuKernelSetAttribute(most, kernel.shared, _loaded[kernel], device))
+        _ready.add((kernel, index))
     return _loaded[kernel]
 
 
@@ -141,9 +143,6 @@ def _encoded(
 ) -> Any:
     from cuda.bindings import driver
 
-    swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
-    if box[0] == 128:
-        swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
     made = _checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -154,7 +153,7 @@ def _encoded(
             [driver.cuuint32_t(n) for n in box],
             [driver.cuuint32_t(1) for _ in box],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
