@@ -206,8 +206,8 @@ ENOUGH_TILES = 528
 # Tokens from which one launch wins over two of matrix-vector products; with other formats always.
 ONCE_FROM = {Fp8BlockWeights.name: 3}
 ONCE_WARPS = 16  # that multiply
-# Tokens of a tile by slots per expert where FP8 weights flow; slots from which tiles have 384 weight
-# rows and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114 slots.
+# Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles have 384 rows
+# of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (45, 64))
 FLOW_LONG = 1.0
 FLOW_NARROW = 192
@@ -264,7 +264,7 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     if tile > 64 and not narrow:
         return None  # tokens first
     # Long items, but not where there are few experts to work on.
-    groups = 3 if FLOW_LONG <= slots and tile <= 64 else 2
+    groups = 3 if slots >= FLOW_LONG and tile <= 64 else 2
     choice = flow(layer, tile, groups, 2)
     return choice if all(holds for holds, _ in flow_needs(layer, choice)) else None
 
