@@ -10,6 +10,7 @@ import torch
 
 from moe_backend import __version__, envs, plugin
 from moe_backend.formats import FORMATS
+from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import table
 from moe_backend.kernels.registry import LayerConfig, select
 from moe_backend.kernels.warmup import cache_folder
@@ -54,10 +55,19 @@ def examine() -> Report:
     facts["accelerator"] = _accelerator()
     facts["Triton"] = _version("triton")
     facts["compiled kernels"] = cache_folder()
+    facts["CUDA C++"] = _cuda_cpp()
     facts["tuned tables"] = _tables()
     facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Report(facts, _layers(device, problems), _variables(), problems)
+
+
+def _cuda_cpp() -> str:
+    """Whether kernels in CUDA C++ can be compiled here, and where they are kept."""
+    missing = build.missing()
+    return (
+        f"not here: {missing}; other kernels run in their place" if missing else str(build.folder())
+    )
 
 
 def _accelerator() -> str:

@@ -39,12 +39,12 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tensor of bytes as the tensor memory accelerator sees it.
+    """A tensor of bytes as the tensor memory accelerator sees it, swizzled by 128 bytes.
 
     Attributes:
         shape, strides: in bytes, the fastest dimension first; strides without the first one,
             multiples of 16.
-        box: of one copy; swizzled where its first dimension is 128 bytes.
+        box: of one copy, its first dimension 128 bytes.
     """
 
     tensor: torch.Tensor
@@ -55,6 +55,7 @@ class TensorMap:
 
 Argument = torch.Tensor | TensorMap | int | float
 _loaded: dict[Kernel, Any] = {}
+_ready: set[tuple[Kernel, int]] = set()  # on which GPU
 _thread = threading.local()
 
 
@@ -94,16 +95,11 @@ def instead_of_launching(do: Callable[[Kernel], None]) -> Iterator[None]:
 
 
 def _load(kernel: Kernel, code: bytes) -> Any:
-    """The driver's handle of a kernel, on every GPU that this process sees."""
+    """The driver's handle of a kernel."""
     from cuda.bindings import driver
 
     library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-    found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
-    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    for index in range(torch.cuda.device_count()):
-        device = _checked(driver.cuDeviceGet(index))
-        _checked(driver.cuKernelSetAttribute(most, kernel.shared, found, device))
-    return found
+    return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
 
 
 def _start(
@@ -111,6 +107,12 @@ def _start(
 ) -> None:
     from cuda.bindings import driver
 
+    index = torch.cuda.current_device()
+    if (kernel, index) not in _ready:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = _checked(driver.cuDeviceGet(index))
+        _checked(driver.cuKernelSetAttribute(most, kernel.shared, handle, device))
+        _ready.add((kernel, index))
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -151,9 +153,6 @@ def _encoded(
 ) -> Any:
     from cuda.bindings import driver
 
-    swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
-    if box[0] == 128:
-        swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
     made = _checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -164,7 +163,7 @@ def _encoded(
             [driver.cuuint32_t(n) for n in box],
             [driver.cuuint32_t(1) for _ in box],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -446,7 +446,7 @@ _FLOW = Method(
     kind=Flow,
     check=lambda layer, tokens, choice: flow.check(layer, choice),
     ladders={
-        "tokens": (8, 16, 24, 32, 64, 96, 128),
+        "tokens": (8, 16, 32, 64, 96, 128),
         "groups": (2, 3, 4),
         "blocks": (1, 2, 3),
         "stages": (2, 3, 4, 5, 6, 7, 8),

@@ -9,12 +9,12 @@ import torch
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, launch
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Once, once_needs, require
+from moe_backend.kernels.hopper.tiles import ONCE_WARPS, SHARED_BYTES, Once, once_needs, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 
 SOURCE = Path(__file__).parent / "cuda" / "once.cu"
-WARPS, CLERKS, COPYING = 16, 2, 2  # that multiply, that store hidden columns, that copy
+WARPS, CLERKS, COPYING = ONCE_WARPS, 2, 2  # that multiply, store hidden columns, and copy
 CHUNK = 2048  # bytes of a weight row in a step
 COUNTERS = 96  # int32 that a call counts in: three, in lines of memory of their own
 ROOM = 8192  # calls that can be told apart on a GPU: layers times streams

@@ -163,13 +163,13 @@ class Once:
 
 @dataclass(frozen=True)
 class Flow:
-    """FP8 and NVFP4, both GEMMs in one launch, weights first (`flow.py`).
+    """FP8, both GEMMs in one launch, weights first (`flow.py`).
 
     Attributes:
-        tokens: of a tile at most, 8 to 128, for NVFP4 to 32.
-        groups: of four warps that multiply, 2 to 4; 4 for NVFP4.
-        blocks: of 64 weight rows for each of these, 1 to 3; 1 for NVFP4, whose tiles have 128 rows.
-        stages: steps of 128 bytes of weight rows that shared memory holds.
+        tokens: of a tile at most, 8 to 128.
+        groups: of four warps that multiply, 2 to 4.
+        blocks: of 64 weight rows for each of these, 1 to 3.
+        stages: steps of 128 columns that shared memory holds.
     """
 
     tokens: int
@@ -179,9 +179,7 @@ class Flow:
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
-        return (
-            (128, 32 * self.groups * self.blocks) if layer.format == Fp8BlockWeights.name else None
-        )
+        return 128, 32 * self.groups * self.blocks
 
 
 Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow
@@ -207,9 +205,11 @@ FEW_SLOTS, FEW_BYTES = 64, 250e6
 ENOUGH_TILES = 528
 # Tokens from which one launch wins over two of matrix-vector products; with other formats always.
 ONCE_FROM = {Fp8BlockWeights.name: 3}
-# Tokens of a tile by slots per expert where FP8 weights flow, and intermediate sizes of shards that
-# take 64 and more. Measured from 0.4 to 114 slots.
-FLOW_SLOTS = ((4, 8), (10, 16), (40, 32), (60, 64))
+ONCE_WARPS = 16  # that multiply
+# Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles have 384 rows
+# of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
+FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (45, 64))
+FLOW_LONG = 1.0
 FLOW_NARROW = 192
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
@@ -254,10 +254,11 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
         return None
     narrow = layer.intermediate_size <= FLOW_NARROW
     tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
-    if tile > 32 and not narrow:
+    if tile > 64 and not narrow:
         return None  # tokens first
-    # All of a narrow shard's hidden columns in one tile: 192 of them.
-    choice = flow(layer, tile, 3, 2) if narrow and tile <= 64 else flow(layer, tile, 2, 2)
+    # Long items, but not where there are few experts to work on.
+    groups = 3 if slots >= FLOW_LONG and tile <= 64 else 2
+    choice = flow(layer, tile, groups, 2)
     return choice if all(holds for holds, _ in flow_needs(layer, choice)) else None
 
 
@@ -305,21 +306,17 @@ def code_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
 def once_needs(layer: LayerConfig, blocks: int) -> list[tuple[bool, str]]:
     """What the device code of `once.py` is written for, and whether a layer has it."""
     h, i, columns = layer.hidden_size, layer.intermediate_size, 8 * blocks
-    fp8 = layer.format == Fp8BlockWeights.name
-    # Beside the ring: tokens in rows that are padded, sums of the warps, tables.
-    tokens = columns * (cdiv(2 * h - 64, 128) * 128 + 64)
-    hits = min(layer.num_local_experts, columns * layer.top_k)
-    tables = 4 * (hits * (columns + 1) + layer.num_local_experts + columns * layer.top_k + 64)
-    left = SHARED_BYTES - tokens - 8192 * blocks - tables
-    stage = 16 * (2048 + 64) + (16 * 272 if layer.format == Nvfp4Weights.name else 512)
     needs = [
         (layer.top_k * columns <= 256, f"at most 256 slots of {columns} tokens"),
-        (left >= 2 * stage, f"room for two steps beside {columns} tokens of {h} columns"),
+        (
+            _once_room(layer, blocks) >= 0,
+            f"room for two steps beside {columns} tokens of {h} columns",
+        ),
     ]
     if layer.format == Nvfp4Weights.name:
         whole = h % 256 == 0 and i % 256 == 0
         return [*needs, (whole, "hidden and intermediate sizes that are multiples of 256")]
-    if not fp8:
+    if layer.format == Bf16Weights.name:
         whole = h % 32 == 0 and i % 32 == 0
         return [*needs, (whole, "hidden and intermediate sizes that are multiples of 32")]
     assert layer.w13_block is not None
@@ -335,25 +332,31 @@ def once_needs(layer: LayerConfig, blocks: int) -> list[tuple[bool, str]]:
     ]
 
 
+def _once_room(layer: LayerConfig, blocks: int) -> int:
+    """Bytes of shared memory that two steps of weights leave, at least; `cuda/once.cu` is exact."""
+    h, columns = layer.hidden_size, 8 * blocks
+    hits = min(layer.num_local_experts, columns * layer.top_k)
+    tokens = columns * (cdiv(2 * h - 64, 128) * 128 + 64)
+    sums = 2 * ONCE_WARPS * blocks * 512
+    experts = layer.num_local_experts + layer.num_experts
+    tables = 4 * (hits * (columns + 5) + experts + columns * layer.top_k + 96)
+    room = SHARED_BYTES - tokens - sums - tables
+    # 16 rows of 2 KB, or a third of the room for those of the second GEMM, in rows that are padded.
+    stage = max(16 * 2048, min(24 * 2048, room // 3)) * 9 // 8
+    return room - 2 * (stage + stage // 8)  # and their scales
+
+
 def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
     """The same for `flow.py` and its tiles."""
     h, i, tokens = layer.hidden_size, layer.intermediate_size, choice.tokens
-    if layer.format == Bf16Weights.name:
-        return [(False, "FP8 or NVFP4")]
-    fits = _flow_bytes(layer, choice) <= SHARED_BYTES and choice.stages >= 2
-    needs = [(fits, "2 stages or more that fit into shared memory")]
-    if layer.format == Nvfp4Weights.name:
-        return [
-            *needs,
-            (tokens in (8, 16, 24, 32), "tiles of 8, 16, 24 or 32 tokens"),
-            (choice.groups == 4 and choice.blocks == 1, "4 groups with 1 block"),
-            (h % 256 == 0 and i % 256 == 0, "sizes that are multiples of 256"),
-        ]
+    if layer.format != Fp8BlockWeights.name:
+        return [(False, "FP8")]
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    fits = _flow_bytes(layer, choice) <= SHARED_BYTES and choice.stages >= 2
     return [
-        *needs,
+        (fits, "2 stages or more that fit into shared memory"),
         (tokens in (8, 16, 32, 64, 96, 128), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
         (choice.groups in (2, 3, 4) and choice.blocks in (1, 2, 3), "2 to 4 groups, 1 to 3 blocks"),
         (tokens * choice.blocks <= {2: 256, 3: 128, 4: 64}.get(choice.groups, 0), "fewer sums"),
@@ -366,9 +369,6 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
 def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     """Shared memory of a program."""
     tokens, stages = choice.tokens, choice.stages
-    if layer.format == Nvfp4Weights.name:
-        ring = stages * (128 * 128 + 128 * 16 + tokens * 512 + 16)
-        return ring + 1536 * tokens + 512 + 4 * layer.num_local_experts
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     parts = choice.groups * choice.blocks
@@ -380,7 +380,7 @@ def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     return stages * stage + staging + 16 * (layer.num_local_experts + 8) + 4 * tokens + 128
 
 
-def flow(layer: LayerConfig, tokens: int, groups: int = 4, blocks: int = 1) -> Flow:
+def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:
     """Tiles of so many tokens, with as many stages as fit, up to eight."""
     for stages in range(8, 2, -1):
         choice = Flow(tokens, groups, blocks, stages)

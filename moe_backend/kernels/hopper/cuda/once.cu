@@ -104,11 +104,24 @@ constexpr int SCALE_STRIDE1 = CHUNKS == 1 ? ROW1 / 8 : padded_scales(CHUNK_BYTES
 // Every warp has equally many granules of every chunk.
 constexpr bool EVEN = GRANULES1 == CHUNKS * CHUNK_GRANULES && CHUNK_GRANULES % CONSUMERS == 0;
 
+// What is in shared memory beside the ring.
+constexpr int TOKEN_STRIDE = padded(2 * H);
+constexpr int TOKENS_BYTES = TOKENS * TOKEN_STRIDE;
+constexpr int SUMS = CONSUMERS * TOKEN_BLOCKS * 32;  // float4s of a buffer of the first GEMM's sums
+constexpr int WEIGHTS_BYTES = HITS * TOKENS * 4;
+constexpr int MAP = HAS_MAP ? up_to(NUM_IDS, 32) : 0, FACTORS = FORMAT == NVFP4 ? HITS : 0;
+constexpr int TABLES_BYTES =
+    4 * (up_to(EXPERTS, 32) + up_to(HITS, 4) + up_to(SLOTS, 4) + MAP + 4 * FACTORS + 4);
+constexpr int BESIDES = TOKENS_BYTES + 2 * SUMS * 16 + WEIGHTS_BYTES + TABLES_BYTES;
+constexpr int ROOM = SHARED_BYTES - BESIDES - 64;
+
 // A stage of the second GEMM: a slice of a hit's rows, or PIECES hits.
 constexpr int ROW2 = I * NIBBLES / 2;
 constexpr int GRANULES2 = ceil_div(I, GRANULE);
-// Copies of less than 1 KB cost more than they bring (45 cycles each, measured on an H200).
-constexpr int MOST_GRANULES = larger(larger(16 * CHUNK_BYTES, 24 * CHUNK) / ROWS / GRANULE_BYTES / STEP, 1) * STEP;
+// Copies of less than 1 KB cost more than they bring (45 cycles each, measured on an H200), so a stage may be
+// somewhat larger than one of the first GEMM, if three of them fit.
+constexpr int STAGE2_BYTES = larger(16 * CHUNK_BYTES, smaller(24 * CHUNK, ROOM / 3));
+constexpr int MOST_GRANULES = larger(STAGE2_BYTES / ROWS / GRANULE_BYTES / STEP, 1) * STEP;
 constexpr int SLICE_GRANULES = equal_parts(GRANULES2, MOST_GRANULES);
 constexpr int SLICES = ceil_div(GRANULES2, SLICE_GRANULES);
 constexpr int SLICE_BYTES = smaller(SLICE_GRANULES * GRANULE_BYTES, ROW2);
@@ -128,15 +141,7 @@ constexpr int PIECE_SCALES = FORMAT == FP8     ? ROW_GROUPS * SUBS * 4
 constexpr int STAGE_DATA = larger(16 * STRIDE1, PIECES * PIECE);
 constexpr int STAGE = up_to(STAGE_DATA + larger(SCALES1, PIECES * PIECE_SCALES), 128);
 
-constexpr int TOKEN_STRIDE = padded(2 * H);
-constexpr int TOKENS_BYTES = TOKENS * TOKEN_STRIDE;
-constexpr int SUMS = CONSUMERS * TOKEN_BLOCKS * 32;  // float4s of a buffer of the first GEMM's sums
-constexpr int WEIGHTS_BYTES = HITS * TOKENS * 4;
-constexpr int MAP = HAS_MAP ? up_to(NUM_IDS, 32) : 0, FACTORS = FORMAT == NVFP4 ? HITS : 0;
-constexpr int TABLES_BYTES =
-    4 * (up_to(EXPERTS, 32) + up_to(HITS, 4) + up_to(SLOTS, 4) + MAP + 4 * FACTORS + 4);
-constexpr int BESIDES = TOKENS_BYTES + 2 * SUMS * 16 + WEIGHTS_BYTES + TABLES_BYTES;
-constexpr int STAGES = (SHARED_BYTES - BESIDES - 64) / (STAGE + 32);
+constexpr int STAGES = ROOM / (STAGE + 32);
 
 static_assert(STAGES >= 2, "the tokens leave too little shared memory for the ring");
 static_assert(STAGES * STAGE >= SUMS * ROW_GROUPS * 16, "the last sums do not fit into the ring");

@@ -1,0 +1,110 @@
+"""The methods in CUDA C++ on a Hopper GPU: every activation and layout, repeats, graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+from gpu_problems import answer, routed, small
+from test_gpu_matrix import FEW, LAYOUTS, REL_L2_FEW, STEP, experts
+
+from moe_backend.kernels.cuda import build
+from moe_backend.kernels.hopper import kernel as hopper
+from moe_backend.kernels.hopper import tiles
+from moe_backend.kernels.hopper.tiles import Once
+from moe_backend.kernels.registry import kernel_named
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import ACTIVATIONS, Case
+from moe_backend.verify.run import expected, passes
+
+NARROW = {"w13_block": (32, 128), "w2_block": (128, 32)}
+ONCE = (
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=640),
+    Case("fp8_block", STEP, hidden_size=512, intermediate_size=160, **NARROW),
+    Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512),
+    Case("bf16", STEP, hidden_size=1056, intermediate_size=352),
+)
+FLOW = (
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=640),
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=160, **NARROW),
+)
+TILES = ((8, 2, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (128, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def possible():
+    refusal = kernel_named("hopper").refusal(small(ONCE[0]).layer) or build.missing()
+    if refusal is not None:
+        pytest.skip(refusal)
+
+
+def faults(problem, choice, counts):
+    """What is wrong with calls of these token counts, each run three times and replayed."""
+    found = []
+    tensors = kernel_named("hopper").prepare(problem.weights)
+    groups = choice.activation_groups(problem.layer)
+    for tokens in counts:
+        p = routed(problem, tokens)
+        given = p.x, p.topk_weights, p.topk_ids, p.expert_map
+        outputs = [hopper.run(p.layer, tensors, *given, choice) for _ in range(3)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(hopper.run(p.layer, tensors, *given, choice))
+        outputs[-1].fill_(float("nan"))
+        graph.replay()
+        p = replace(p, reference=answer(p))
+        error = difference(outputs[0], expected(p, groups))
+        right = passes(error, p.case, quantised=groups is not None)
+        if groups is not None and tokens < FEW:
+            right = error.within(REL_L2_FEW, norm=2e-2)
+        if not right:
+            found.append(f"{p.case.name} {choice}: {error}")
+        if not all(torch.equal(out, outputs[0]) for out in outputs):
+            found.append(f"{p.case.name} {choice}: not repeated")
+    return found
+
+
+@pytest.mark.parametrize("case", ONCE, ids=lambda c: f"{c.format}-{c.intermediate_size}")
+def test_once(case):
+    found = []
+    for activation in ACTIVATIONS:
+        for layout in LAYOUTS:
+            problem = small(replace(case, activation=activation, **experts(layout)))
+            found += faults(problem, Once(1), range(1, 9))
+    assert found == []
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("case", FLOW, ids=lambda c: f"{c.format}-{c.intermediate_size}")
+def test_flow(case, tile):
+    """Tokens below and above those that one launch sorts."""
+    found = []
+    for activation in ACTIVATIONS if tile == TILES[0] else ACTIVATIONS[:1]:
+        for layout in LAYOUTS:
+            problem = small(replace(case, activation=activation, **experts(layout)))
+            choice = tiles.flow(problem.layer, *tile)
+            found += faults(problem, choice, (1, 7, 16, 76, 304, 1000, 4096))
+    assert found == []
+
+
+def test_once_counts_for_each_stream():
+    """Calls of one layer that run beside each other on two streams."""
+    problem = small(replace(ONCE[0], **experts("ep")))
+    tensors = kernel_named("hopper").prepare(problem.weights)
+    p = routed(problem, 8)
+    given = p.x, p.topk_weights, p.topk_ids, p.expert_map
+    wanted = hopper.run(p.layer, tensors, *given, Once(1))
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    outputs = []
+    for _ in range(200):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(hopper.run(p.layer, tensors, *given, Once(1)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, wanted) for out in outputs)
