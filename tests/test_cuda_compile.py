@@ -43,12 +43,12 @@ def source(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kernel_of(monkeypatch):
-    """The kernel in CUDA C++ that the default of a call launches, as the host code asks for it."""
+    """The kernel in CUDA C++ that a choice launches, as the host code asks for it."""
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
     for module in (flow, once):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
-    def find(name, tokens):
+    def find(name, tokens, choice):
         shape, found = SHAPES[name], []
         layer = shape.layer()
         with torch.device("meta"):
@@ -59,7 +59,7 @@ def kernel_of(monkeypatch):
         tensors = shape.weights("meta").tensors()
         given = x, weights, ids, expert_map if layer.expert_parallel else None
         with launch.instead_of_launching(found.append):
-            kernel.run(layer, tensors, *given, tiles.choose(layer, tokens))
+            kernel.run(layer, tensors, *given, choice)
         (one,) = found
         return one
 
@@ -94,9 +94,24 @@ SPILLED = {"deepseek-v4-flash-ep8": 8}
     ],
 )
 def test_registers_hold_everything(kernel_of, name, tokens, kernel_name):
-    one = kernel_of(name, tokens)
+    one = kernel_of(name, tokens, tiles.choose(SHAPES[name].layer(), tokens))
     assert one.name == kernel_name
     assert local_memory(one.source, one.constants) <= SPILLED.get(name, 0)
+
+
+@compiles
+@pytest.mark.parametrize("name", ["step-3.5-tp8-even", "deepseek-v4-flash-ep8", "gpt-oss-like"])
+def test_what_the_host_code_takes_compiles(kernel_of, name):
+    """What would not, the device code asserts: shared memory above all."""
+    layer = SHAPES[name].layer()
+    choices = [Once(blocks) for blocks in (1, 2, 4)]
+    if layer.format == "fp8_block":
+        choices += [tiles.flow(layer, *tile) for tile in ((8, 4, 1), (64, 2, 3))]
+    taken = [choice for choice in choices if methods.sound(layer, 1, choice)]
+    assert taken
+    for choice in taken:
+        one = kernel_of(name, 1, choice)
+        build._compile(one.source, build._options(one.constants))
 
 
 @compiles
