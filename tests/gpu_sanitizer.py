@@ -138,7 +138,7 @@ def run_set() -> int:
                     calls += 1
                     p = routed(problem, tokens)
                     given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                    hopper.run(p.layer, tensors, *given, tiles.stream(p.layer, 8))
+                    hopper.run(p.layer, tensors, *given, tiles.stream(8))
     torch.cuda.synchronize()
     print(f"{calls} calls, {len(faults)} wrong", *faults, sep="\n")
     return 1 if faults or not calls else 0

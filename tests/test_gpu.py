@@ -110,7 +110,7 @@ def test_inputs_written_just_before(name, layout, tokens, kernel):
 
 
 @pytest.mark.parametrize("layout", ["unsharded", "ep"])
-@pytest.mark.parametrize("tokens", [3, 31, 304])  # few, tiles, sorted
+@pytest.mark.parametrize("tokens", [3, 31, 304])
 @pytest.mark.parametrize("beyond", [8, 0x3F12AB34])
 @pytest.mark.parametrize("name", FORMATS)
 def test_ids_beyond_the_last_expert_are_dropped(name, beyond, layout, tokens, kernel):

@@ -70,22 +70,15 @@ def test_matrix(name, activation, kernel):
 # method that quantises is up to 3.6e-2 from the reference, and all by the same amount.
 FEW, REL_L2_FEW = 16, 5e-2
 STREAMED = (
-    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=1024),
-    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=672, w13_block=(32, 128),
-         w2_block=(128, 32)),
-    Case("fp8_block", STEP, hidden_size=1152, intermediate_size=704, w13_block=(64, 128),
-         w2_block=(128, 64)),
     Case("nvfp4", STEP, hidden_size=288, intermediate_size=192),
     Case("nvfp4", STEP, hidden_size=512, intermediate_size=512),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("tokens_of_a_tile", [8, 16, 32])
 @pytest.mark.parametrize("case", STREAMED, ids=lambda c: f"{c.name}-{c.intermediate_size}")
 def test_stream(case, tokens_of_a_tile):
     """So small a layer gets other methods: every activation and layout, each call repeated."""
-    if tokens_of_a_tile not in tiles.STREAM_STAGES[case.format]:
-        pytest.skip(f"no tiles of {tokens_of_a_tile} tokens for {case.format}")
     if (refusal := kernel_named("hopper").refusal(small(case).layer)) is not None:
         pytest.skip(refusal)
     faults = []
@@ -93,18 +86,14 @@ def test_stream(case, tokens_of_a_tile):
         for layout in LAYOUTS:
             problem = small(replace(case, activation=activation, **experts(layout)))
             tensors = kernel_named("hopper").prepare(problem.weights)
-            choice = tiles.stream(problem.layer, tokens_of_a_tile)
-            groups = choice.activation_groups(problem.layer)
+            choice = tiles.stream(tokens_of_a_tile)
             for tokens in (t for t in TOKENS if t <= 1000):
                 p = routed(problem, tokens)
                 given = p.x, p.topk_weights, p.topk_ids, p.expert_map
                 outputs = [hopper.run(p.layer, tensors, *given, choice) for _ in range(3)]
                 p = replace(p, reference=answer(p))
-                found = difference(outputs[0], expected(p, groups))
-                right = passes(found, p.case, quantised=groups is not None)
-                if groups is not None and tokens < FEW:
-                    right = found.within(REL_L2_FEW, norm=2e-2)
-                if not right:
+                found = difference(outputs[0], expected(p, None))
+                if not passes(found, p.case):
                     faults.append(f"{p.case.name}: {found}")
                 if not all(torch.equal(out, outputs[0]) for out in outputs):
                     faults.append(f"{p.case.name}: not repeated")

@@ -2,7 +2,7 @@
 
 All but the first overlap the launch before them and wait for it on the device. The first reads what
 other kernels have just written (hidden states, routing), so it must not overlap them: it does not
-wait, and would read what is still to come.
+wait, and would read what is still to come. Kernels in CUDA C++ wait wherever they are, and overlap.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from moe_backend.kernels.hopper import few, kernel, prefill, stream, tiled, tiles, wide
-from moe_backend.kernels.hopper.tiles import Prefill, Stream, Wide
+from moe_backend.kernels.cuda import launch
+from moe_backend.kernels.hopper import few, flow, kernel, once, prefill, stream, tiled, tiles, wide
+from moe_backend.kernels.hopper.tiles import Once, Prefill, Stream, Wide
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
-STREAMED = ["plan_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
+FLOW = ["plan_kernel", "flow", "combine_kernel"]
 GEMMS = ["gemm_kernel", "gemm_kernel"]
+CUDA = ("moe_once", "flow")
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", "gemm_kernel", "gemm_kernel"]
 
 
@@ -32,9 +34,10 @@ def launches(monkeypatch):
         found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (few, prefill, stream, tiled, wide):
+    for module in (few, flow, once, prefill, stream, tiled, wide):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    return found
+    with launch.instead_of_launching(lambda kernel: found.append((kernel.name, True))):
+        yield found
 
 
 @pytest.mark.parametrize("layout", ["unsharded", "ep"])
@@ -44,7 +47,8 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
-        ("fp8_block", lambda layer: Stream(8, 6, 6), STREAMED),
+        ("fp8_block", lambda layer: Once(1), ["moe_once"]),
+        ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
         ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
@@ -55,7 +59,8 @@ def launches(monkeypatch):
         "fp8-few",
         "fp8-tiles",
         "fp8-prefill",
-        "fp8-stream",
+        "fp8-once",
+        "fp8-flow",
         "nvfp4-stream",
         "nvfp4-wide",
         "nvfp4-few",
@@ -70,4 +75,4 @@ def test_only_the_first_waits_for_what_came_before(launches, layout, name, choic
         layer, problem.weights.tensors(), problem.x, problem.topk_weights, problem.topk_ids,
         problem.expert_map, choice(layer),
     )  # fmt: skip
-    assert launches == [(n, number > 0) for number, n in enumerate(names)]
+    assert launches == [(n, number > 0 or n in CUDA) for number, n in enumerate(names)]

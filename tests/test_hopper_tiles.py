@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 
 from moe_backend.fused_moe import FusedMoE
-from moe_backend.kernels.hopper import prefill, stream, wide
+from moe_backend.kernels.cuda import build as cuda_build
+from moe_backend.kernels.hopper import methods, prefill, wide
 from moe_backend.kernels.hopper import tiles as tiles_module
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
     FEW_TOKENS_NARROW,
+    Flow,
+    Once,
     Prefill,
-    Stream,
     Tile,
     Wide,
     choose,
@@ -39,8 +41,10 @@ def layer(name, intermediate, blocks=(None, None), experts=(288, 36)):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("missing", [None, "no compiler"], ids=["cuda", "without"])
 @pytest.mark.parametrize("intermediate", [96, 160, 192, 256, 320, 384, 1280, 2048])
-def test_every_choice_is_sound(intermediate):
+def test_every_choice_is_sound(intermediate, missing, monkeypatch):
+    monkeypatch.setattr(cuda_build, "missing", lambda: missing)
     layers = [layer("bf16", intermediate), layer("nvfp4", intermediate)]
     layers += [layer("fp8_block", intermediate, blocks) for blocks in BLOCKS]
     for one, tokens in itertools.product(layers, TOKENS):
@@ -53,10 +57,9 @@ def test_every_choice_is_sound(intermediate):
         else:
             check_tiles(one, made.gate_up, made.down)
         chosen = choose(one, tokens)
-        if isinstance(chosen, Stream):
-            stream.check(one, chosen)
-        else:
-            assert chosen in (made, few(one, tokens))
+        if chosen not in (made, few(one, tokens)):
+            methods.check(one, tokens, chosen)
+        assert missing is None or not isinstance(chosen, Once | Flow)
 
 
 def test_tiles_are_wide_where_there_are_many():
@@ -92,7 +95,8 @@ def test_a_tile_that_mixes_scales_is_refused(name, blocks, first, second):
         check_tiles(layer(name, 1280, blocks), first, second or Tile(16, 128, 64, 4, 3, 2))
 
 
-def test_the_log_says_which_calls_quantise():
+def test_the_log_says_which_calls_quantise(monkeypatch):
+    monkeypatch.setattr(cuda_build, "missing", lambda: "no compiler")
     problem = build(Case("fp8_block", KINDS[0]))
     fused = FusedMoE(problem.layer, problem.weights, kernel="reference")
     fused.selection = Selection(HopperKernel(), "asked for")

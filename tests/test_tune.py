@@ -21,13 +21,24 @@ from moe_backend.bench import measure
 from moe_backend.bench.shapes import SHAPES, Shape
 from moe_backend.cli import main
 from moe_backend.fused_moe import FusedMoE
+from moe_backend.kernels.cuda import build as cuda_build
 from moe_backend.kernels.hopper import choose as chooser
 from moe_backend.kernels.hopper import kernel as hopper_kernel
 from moe_backend.kernels.hopper import methods, table, tiles
 from moe_backend.kernels.hopper.choose import choose
 from moe_backend.kernels.hopper.methods import candidates, combined, from_data, sound, to_data
 from moe_backend.kernels.hopper.table import Key, Row, Table, nearest, read, write
-from moe_backend.kernels.hopper.tiles import Few, Part, Prefill, Stream, Tile, Tiles, Wide
+from moe_backend.kernels.hopper.tiles import (
+    Few,
+    Flow,
+    Once,
+    Part,
+    Prefill,
+    Stream,
+    Tile,
+    Tiles,
+    Wide,
+)
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.kernels.registry import Selection
 from moe_backend.tune import command, gpu
@@ -41,6 +52,7 @@ LAYER = EP8.layer()
 KEY = Key.of(LAYER)
 TUNED = Tiles(Tile(16, 32, 128, 4, 3, 2), Tile(16, 64, 32, 4, 3, 2))
 OTHER = replace(TUNED, down=replace(TUNED.down, stages=2))
+V4 = SHAPES["deepseek-v4-flash-ep8"].layer()
 NAMES = ["step-3.5-ep8", "step-3.5-tp8-even", "deepseek-v4-flash-ep8", "minimax-m3-ep4"]
 
 
@@ -56,10 +68,22 @@ def table_of(*rows):
     return made
 
 
+def without_cuda(patch):
+    """Whatever is installed, nothing compiles CUDA C++: tiles are the default of most calls."""
+    patch.setattr(cuda_build, "missing", lambda: "no compiler")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA C++ is compiled here."""
+    monkeypatch.setattr(cuda_build, "missing", lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def folders(monkeypatch, tmp_path):
     """A GPU's name, an empty package and a folder of the user's; returns both."""
     torch.set_num_threads(1)
+    without_cuda(monkeypatch)
     packaged, own = tmp_path / "packaged", tmp_path / "own"
     packaged.mkdir()
     own.mkdir()
@@ -84,6 +108,8 @@ def put(folder, made):
 def test_choices_survive_json():
     assert from_data(json.loads(json.dumps(to_data(TUNED)))) == TUNED
     assert to_data(TUNED)["method"] == "tiles"
+    for choice in (Once(2), Flow(16, 2, 2, 6), Stream(8, 5, 5)):
+        assert from_data(json.loads(json.dumps(to_data(choice)))) == choice
 
 
 @pytest.mark.parametrize(
@@ -131,6 +157,26 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
     assert all(sound(layer, tokens, c) for c in found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256, 1024, 4096])
+def test_candidates_in_cuda_have_those_of_other_methods_beside_them(cuda, name, tokens):
+    layer = SHAPES[name].layer()
+    found = candidates(layer, tokens)
+    assert found[0] == tiles.choose(layer, tokens)
+    assert 2 <= len(found) <= 30
+    assert len(set(found)) == len(found)
+    assert all(sound(layer, tokens, c) for c in found)
+    assert any(not isinstance(c, Once | Flow) for c in found)
+
+
+def test_what_is_in_cuda_is_no_candidate_without_a_compiler():
+    found = [c for tokens in (1, 8, 64, 1024) for c in candidates(LAYER, tokens)]
+    assert not any(isinstance(c, Once | Flow) for c in found)
+    methods.check(LAYER, 8, Once(1))
+    assert not sound(LAYER, 8, Once(1))
+    assert not sound(LAYER, 64, tiles.flow(LAYER, 8, 2, 2))
+
+
 def test_candidates_are_a_step_away_unless_another_number_follows():
     found = candidates(LAYER, 256)
     for choice in found[1:]:
@@ -149,10 +195,12 @@ def triton_version(request, monkeypatch):
 def test_the_other_method_is_a_candidate(triton_version):
     many = tiles.choose(LAYER, 1024)
     assert isinstance(many, Prefill)
-    assert isinstance(tiles.choose(LAYER, 64), Stream)
-    assert isinstance(tiles.choose(LAYER, 256), Tiles)
+    assert isinstance(tiles.choose(LAYER, 64), Tiles)
+    assert isinstance(tiles.choose(V4, 64), Stream)
+    assert isinstance(tiles.choose(V4, 1024), Wide)
+    assert any(isinstance(c, Stream) for c in candidates(V4, 1024))
     assert many in candidates(LAYER, 64)
-    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 64))
+    assert any(isinstance(c, Tiles) for c in candidates(V4, 64))
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
     assert not any(isinstance(c, Prefill) for c in candidates(LAYER, 8))  # too far away
     few = tiles.choose(LAYER, 4)
@@ -160,6 +208,19 @@ def test_the_other_method_is_a_candidate(triton_version):
     assert few in candidates(LAYER, 16)
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 4))
     assert not any(isinstance(c, Few) for c in candidates(LAYER, 64))  # too many slots
+
+
+def test_the_other_method_of_those_in_cuda(cuda, triton_version):
+    once, flow = tiles.choose(LAYER, 8), tiles.choose(LAYER, 64)
+    assert isinstance(once, Once)
+    assert isinstance(flow, Flow)
+    assert flow in candidates(LAYER, 16)
+    assert any(isinstance(c, Once) for c in candidates(LAYER, 4))
+    assert not any(isinstance(c, Once) for c in candidates(LAYER, 64))  # too many tokens
+    assert any(isinstance(c, Flow) for c in candidates(LAYER, 8))
+    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 64))
+    assert any(isinstance(c, Prefill) for c in candidates(LAYER, 1024))
+    assert any(isinstance(c, Few) for c in candidates(LAYER, 8))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +461,9 @@ class Straw:
         return found.pop(0) if isinstance(found, list) else found
 
 
-DEFAULT, *REST = candidates(LAYER, 256)
+with pytest.MonkeyPatch.context() as patch:
+    without_cuda(patch)
+    DEFAULT, *REST = candidates(LAYER, 256)
 
 
 def found_with(runner):
@@ -624,8 +687,9 @@ def test_expert_parallel_as_vllm_means_it(monkeypatch):
 # --- The gate, with plain torch in the place of the GPU's kernels --------------------------------
 
 SMALL = Shape("small", "bf16", 4, 4, 2, 64, 64)
-SMALL_DEFAULT = tiles.choose(SMALL.layer(), 8)
-CHANGED = candidates(SMALL.layer(), 8)[1]
+with pytest.MonkeyPatch.context() as patch:
+    without_cuda(patch)
+    SMALL_DEFAULT, CHANGED = candidates(SMALL.layer(), 8)[:2]
 
 
 @pytest.fixture

@@ -53,11 +53,15 @@ def call(kernel, p, tokens):
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 @pytest.mark.parametrize("name", FORMATS)
 def test_nothing_compiles_after_the_warm_up(counts, kernel, name):
-    p = problem(name, "ep")
+    p = problem(name, "ep", hidden_size=256, intermediate_size=256)
     report = warm_up(kernel, p.layer, p.weights.tensors(), 2000)
     assert report.kernels == report.compiled == len(counts.compiled) > 4
     assert report.left == ()
     assert counts.launched
+    if kernel.name == "hopper":
+        in_cuda = {"moe_once", "flow"} if name == "fp8_block" else {"moe_once"}
+        assert {"moe_once", "flow"} & set(counts.launched) == in_cuda
+        assert {"moe_once", "flow"} & set(counts.compiled) == in_cuda
     before = len(counts.compiled)
     for tokens in (1, 2, 3, 7, 8, 16, 17, 31, 64, 100, 129, 512, 1000, 1234, 1999, 2000):
         call(kernel, p, tokens)()

@@ -1,4 +1,4 @@
-"""A stand-in for Triton's driver and compiler: launches are counted, nothing is compiled or run."""
+"""A stand-in for compilers and drivers: launches are counted, nothing is compiled or run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from moe_backend.kernels import hopper
+from moe_backend.kernels.cuda import build, launch
 from moe_backend.kernels.hopper import device as hopper_device
 from moe_backend.kernels.hopper import tiled
 from moe_backend.kernels.triton import device as triton_device
@@ -42,7 +43,7 @@ class Counts:
         self.compiled = []
         self.launched = []
         self.threads = set()
-        self.cached = False  # whether Triton's cache has everything
+        self.cached = False  # whether everything was kept by an earlier process
         self.compile = lambda: None  # called for each
 
 
@@ -58,8 +59,9 @@ class _Kernel:
 
 @contextlib.contextmanager
 def counted(monkeypatch):
-    """Within, Triton "compiles" and "launches" on a CPU; gives the counts."""
+    """Within, Triton and NVRTC "compile" and the driver "launches" on a CPU; gives the counts."""
     counts = Counts()
+    _count_cuda(monkeypatch, counts)
 
     def fake_compile(src, target=None, options=None, _env_vars=None):
         name = src.fn.__name__
@@ -91,9 +93,34 @@ def counted(monkeypatch):
     try:
         yield counts
     finally:
+        launch._loaded.clear()
         tiled.multiprocessors.cache_clear()
         for kernel in kernels:
             kernel.device_caches.clear()
+
+
+def _count_cuda(monkeypatch, counts):
+    """The same for kernels in CUDA C++, whatever is installed; what is compiled is kept."""
+    kept = set()
+
+    def machine_code(kernel):
+        if kernel in kept:
+            return b"", False
+        counts.compile()
+        counts.threads.add(threading.get_ident())
+        kept.add(kernel)
+        if not counts.cached:
+            counts.compiled.append(kernel.name)
+        return b"", not counts.cached
+
+    def start(handle, kernel, grid, threads, arguments):
+        counts.launched.append(kernel.name)
+
+    launch._loaded.clear()
+    monkeypatch.setattr(build, "missing", lambda: None)
+    monkeypatch.setattr(launch, "machine_code", machine_code)
+    monkeypatch.setattr(launch, "_load", lambda kernel, code: kernel.name)
+    monkeypatch.setattr(launch, "_start", start)
 
 
 def _device_modules():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from moe_backend.kernels.cuda import build, launch
+from moe_backend.kernels.cuda import launch
 from moe_backend.kernels.registry import LayerConfig
 
 # Module or source, kernel, and Triton's key of arguments and options or the constants.
@@ -109,7 +109,7 @@ def compile_variants(
 
 
 def _compile_cuda(kernel: launch.Kernel, compiled: list[str]) -> None:
-    _, anew = build.machine_code(kernel.source, kernel.constants)
+    _, anew = launch.machine_code(kernel)
     if anew:
         compiled.append(kernel.name)
 

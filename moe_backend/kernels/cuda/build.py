@@ -54,7 +54,7 @@ def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
     kept = _kept(source, options)
     with contextlib.suppress(OSError):
         return kept.read_bytes(), False
-    code = _compile(source, options)
+    code, _ = _compile(source, options)
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
@@ -87,7 +87,8 @@ def _version() -> tuple[int, int]:
     return major, minor
 
 
-def _compile(source: Path, options: list[str]) -> bytes:
+def _compile(source: Path, options: list[str]) -> tuple[bytes, str]:
+    """The machine code, and the compiler's words: none, unless an option asks for some."""
     from cuda.bindings import nvrtc
 
     headers = _headers(source.parent)
@@ -99,17 +100,17 @@ def _compile(source: Path, options: list[str]) -> bytes:
     try:
         encoded = [option.encode() for option in options]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        words = log.rstrip(b"\0 ").decode(errors="replace")
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            _, size = nvrtc.nvrtcGetProgramLogSize(program)
-            log = b" " * size
-            nvrtc.nvrtcGetProgramLog(program, log)
-            words = log.rstrip(b"\0 ").decode(errors="replace")
             raise RuntimeError(f"{source.name} {' '.join(options)} does not compile:\n{words}")
         error, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(error)
         code = b" " * size
         _check(*nvrtc.nvrtcGetCUBIN(program, code))
-        return code
+        return code, words
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

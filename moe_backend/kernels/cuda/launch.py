@@ -69,36 +69,14 @@ def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument
     if instead is not None:
         instead(kernel)
         return
-    from cuda.bindings import driver
-
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = kernel.shared
-    config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-    config.attrs = [_overlapped()]
-    config.numAttrs = 1
-    values = [_packed(argument) for argument in arguments]
-    addresses = [ctypes.addressof(value) for value in values]
-    pointers = (ctypes.c_void_p * len(values))(*addresses)
-    _checked(driver.cuLaunchKernelEx(config, load(kernel), ctypes.addressof(pointers), 0))
-
-
-def load(kernel: Kernel) -> Any:
-    """The driver's handle of a kernel, ready for the present GPU."""
-    from cuda.bindings import driver
-
     if kernel not in _loaded:
-        code, _ = build.machine_code(kernel.source, kernel.constants)
-        library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        _loaded[kernel] = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
-    index = torch.cuda.current_device()
-    if (kernel, index) not in _ready:
-        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = _checked(driver.cuDeviceGet(index))
-        _checked(driver.cuKernelSetAttribute(most, kernel.shared, _loaded[kernel], device))
-        _ready.add((kernel, index))
-    return _loaded[kernel]
+        _loaded[kernel] = _load(kernel, machine_code(kernel)[0])
+    _start(_loaded[kernel], kernel, grid, threads, arguments)
+
+
+def machine_code(kernel: Kernel) -> tuple[bytes, bool]:
+    """As `build.machine_code`."""
+    return build.machine_code(kernel.source, kernel.constants)
 
 
 def is_loaded(kernel: Kernel) -> bool:
@@ -114,6 +92,38 @@ def instead_of_launching(do: Callable[[Kernel], None]) -> Iterator[None]:
         yield
     finally:
         del _thread.instead
+
+
+def _load(kernel: Kernel, code: bytes) -> Any:
+    """The driver's handle of a kernel."""
+    from cuda.bindings import driver
+
+    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+    return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+
+
+def _start(
+    handle: Any, kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]
+) -> None:
+    from cuda.bindings import driver
+
+    index = torch.cuda.current_device()
+    if (kernel, index) not in _ready:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = _checked(driver.cuDeviceGet(index))
+        _checked(driver.cuKernelSetAttribute(most, kernel.shared, handle, device))
+        _ready.add((kernel, index))
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = kernel.shared
+    config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+    config.attrs = [_overlapped()]
+    config.numAttrs = 1
+    values = [_packed(argument) for argument in arguments]
+    addresses = [ctypes.addressof(value) for value in values]
+    pointers = (ctypes.c_void_p * len(values))(*addresses)
+    _checked(driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0))
 
 
 @cache

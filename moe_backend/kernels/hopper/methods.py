@@ -94,7 +94,7 @@ def sound(layer: LayerConfig, tokens: int, choice: Choice) -> bool:
 
 
 def candidates(layer: LayerConfig, tokens: int) -> list[Choice]:
-    """What is worth measuring for a call with so many tokens: 10 to 30 sound choices.
+    """What is worth measuring for a call with so many tokens: up to 30 sound choices.
 
     The default comes first, then everything one step of one number away from it, then the other
     methods with the numbers of their nearest default. `combined` goes on from what was measured.
@@ -156,8 +156,8 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
     if tiles.streams(layer) and not isinstance(default, Stream):
         # Close to other methods beyond where it is the default, too.
         slots = tokens * layer.top_k / layer.num_experts
-        sizes = [n for n in tiles.STREAM_STAGES[layer.format] if n <= max(8, 3 * slots)]
-        nearest[Stream] = tiles.stream(layer, max(sizes))
+        sizes = [n for n in tiles.STREAM_STAGES if n <= max(8, 3 * slots)]
+        nearest[Stream] = tiles.stream(max(sizes))
     sorted_or_tiled = tiles.tiles(layer, tokens)
     nearest.setdefault(type(sorted_or_tiled), sorted_or_tiled)
     return list(nearest.values())[1:]
@@ -344,29 +344,22 @@ def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
             f"{tokens} tokens have {tokens * layer.top_k} slots, "
             f"at most {tiles.STREAM_MOST_SLOTS} accepted"
         )
-    for name, stages, first in (
-        ("stages13", choice.stages13, True), ("stages2", choice.stages2, False)
-    ):  # fmt: skip
-        most = stream.most_stages(layer, choice.tokens, first)
+    most = stream.most_stages(choice.tokens)
+    for name, stages in (("stages13", choice.stages13), ("stages2", choice.stages2)):
         if not 2 <= stages <= most:
             raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
-        if stages % 2 and stream.in_turns(layer, first):
-            raise ValueError(f"{name}: {stages} found, must be even (two warp groups take turns)")
 
 
 def _settle_stream(layer: LayerConfig, choice: Stream) -> Stream:
     """More tokens leave room for fewer stages."""
-    return replace(
-        choice,
-        stages13=min(choice.stages13, stream.most_stages(layer, choice.tokens, True)),
-        stages2=min(choice.stages2, stream.most_stages(layer, choice.tokens, False)),
-    )
+    most = stream.most_stages(choice.tokens)
+    return replace(choice, stages13=min(choice.stages13, most), stages2=min(choice.stages2, most))
 
 
 _STREAM = Method(
     kind=Stream,
     check=_check_stream,
-    ladders={"tokens": (8, 16, 32), "stages13": (3, 4, 5, 6), "stages2": (3, 4, 5, 6)},
+    ladders={"tokens": (8, 16, 32), "stages13": (3, 4, 5), "stages2": (3, 4, 5)},
     settle=_settle_stream,
     here=lambda choice: tiles.sorts_tokens(),
 )

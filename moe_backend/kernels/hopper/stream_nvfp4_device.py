@@ -1,9 +1,10 @@
 """Device code for NVFP4 with a few tokens per expert: warp-specialised grouped GEMMs, in Gluon.
 
-As in `stream_device.py` two programs share a multiprocessor, so that its schedulers have four warps
-each to choose from: time goes by the decoder's instructions. As in `wide_device.py` weights are
-decoded into registers, where they are the first operand; rows, columns and scales lie as there. A
-tile is two of its quarters, 128 weight rows, one for each warp group.
+As in `wide_device.py` one warp streams weights through a ring of buffers, and two warp groups
+decode them into registers, where they are the first operand; rows, columns and scales lie as there.
+A tile is two of its quarters, 128 weight rows, one for each warp group, with an expert's few
+tokens. Two programs share a multiprocessor, so that its schedulers have four warps each to choose
+from: time goes by the decoder's instructions.
 """
 
 from __future__ import annotations

@@ -72,11 +72,11 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Stream:
-    """FP8 and NVFP4 with a few tokens per expert (`stream.py`).
+    """NVFP4 with a few tokens per expert (`stream.py`).
 
     Attributes:
-        tokens: of a tile, 8 or 16, for NVFP4 also 32.
-        stages13, stages2: steps of 128 bytes that shared memory holds, for either GEMM.
+        tokens: of a tile, 8, 16 or 32.
+        stages13, stages2: steps of 256 columns that shared memory holds, for either GEMM.
     """
 
     tokens: int
@@ -85,7 +85,7 @@ class Stream:
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
-        return (128, 64) if layer.format == Fp8BlockWeights.name else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -214,20 +214,13 @@ FLOW_NARROW = 192
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
-# Weights streamed: from as many tiles as an H200 works on at once to so many slots per expert, with
-# tiles of so many tokens. Measured from 0.2 to 28 slots.
+# NVFP4 weights streamed: from as many tiles as an H200 works on at once to so many slots per
+# expert, with tiles of so many tokens. Measured from 0.2 to 28 slots.
 STREAM_TILES = 264
 STREAM_MOST_SLOTS = 8192  # each program of the routing launch looks through all of them
-STREAM_SLOTS = {
-    Fp8BlockWeights.name: ((4, 8),),
-    Nvfp4Weights.name: ((4, 8), (9, 16), (20, 32)),
-}
-# Stages for tiles of so many tokens: what fits twice into a multiprocessor's shared memory, up to
-# six, an even number where warp groups take them in turn.
-STREAM_STAGES = {
-    Fp8BlockWeights.name: {8: (6, 6), 16: (4, 5)},
-    Nvfp4Weights.name: {8: (5, 5), 16: (4, 4), 32: (3, 3)},
-}
+STREAM_SLOTS = ((4, 8), (9, 16), (20, 32))
+# Stages for tiles of so many tokens: what fits twice into a multiprocessor's shared memory.
+STREAM_STAGES = {8: 5, 16: 4, 32: 3}
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -244,7 +237,7 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
     if flowing is not None:
         return flowing
     streamed = _streamed(layer, tokens)
-    return tiles(layer, tokens) if streamed is None else stream(layer, streamed)
+    return tiles(layer, tokens) if streamed is None else stream(streamed)
 
 
 def _once(layer: LayerConfig, tokens: int) -> bool:
@@ -285,35 +278,23 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     return Few(first, second, 16, 1 if tokens <= 2 else 2 if tokens <= 4 else 4)
 
 
-def stream(layer: LayerConfig, tile_tokens: int) -> Stream:
+def stream(tile_tokens: int) -> Stream:
     """Weights streamed past tiles of so many tokens."""
-    return Stream(tile_tokens, *STREAM_STAGES[layer.format][tile_tokens])
+    stages = STREAM_STAGES[tile_tokens]
+    return Stream(tile_tokens, stages, stages)
 
 
 def streams(layer: LayerConfig) -> bool:
     """Whether a layer's weights can be streamed here."""
-    known = sorts_tokens() and layer.format in STREAM_STAGES
-    return known and all(holds for holds, _ in stream_needs(layer))
-
-
-def stream_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
-    """What the device code of `stream.py` is written for, and whether a layer has it."""
-    if layer.format == Nvfp4Weights.name:
-        return code_needs(layer)
-    assert layer.w13_block is not None
-    assert layer.w2_block is not None
-    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
-    return [
-        (layer.hidden_size % 128 == 0, "a hidden size that is a multiple of 128"),
-        (n13 % 32 == 0, "one scale of w13 for 32 rows"),
-        (k13 % 128 == 0, "one scale of w13 for a step of 128 columns"),
-        (n2 % 64 == 0, "one scale of w2 for 64 rows"),
-        (k2 % 64 == 0 or k2 == 32, "scales of w2 for 32 columns or multiples of 64"),
-    ]
+    known = layer.format == Nvfp4Weights.name and sorts_tokens()
+    return known and all(holds for holds, _ in code_needs(layer))
 
 
 def code_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
-    """The same for the views of NVFP4 codes, `wide.gate_up_words` and `wide.down_words`."""
+    """What the views of NVFP4 codes are written for, and whether a layer has it.
+
+    They are `wide.gate_up_words` and `wide.down_words`, `stream.py`'s as well.
+    """
     # Rows of codes begin at multiples of 16 bytes; copies bring gate and up rows in groups of 64.
     whole = not layer.hidden_size % 32 and not layer.intermediate_size % 32
     return [
@@ -416,7 +397,7 @@ def _streamed(layer: LayerConfig, tokens: int) -> int | None:
     hit = layer.num_local_experts * (1 - exp(-slots))
     if hit * cdiv(layer.intermediate_size, 64) < STREAM_TILES:
         return None
-    return next((tile for most, tile in STREAM_SLOTS[layer.format] if slots <= most), None)
+    return next((tile for most, tile in STREAM_SLOTS if slots <= most), None)
 
 
 def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill | Wide:

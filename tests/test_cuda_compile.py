@@ -1,0 +1,247 @@
+"""Once and Flow: compiled by NVRTC without a GPU, and where they are not the method of a call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+from moe_backend.bench.shapes import SHAPES
+from moe_backend.kernels.cuda import build, launch
+from moe_backend.kernels.hopper import flow, kernel, methods, once, tiles
+from moe_backend.kernels.hopper.tiles import Few, Flow, Once
+
+missing = build.missing()
+compiles = pytest.mark.skipif(missing is not None, reason=f"CUDA C++ is not compiled: {missing}")
+
+EP8 = SHAPES["step-3.5-ep8"].layer()
+V4 = SHAPES["deepseek-v4-flash-ep8"].layer()
+M3 = SHAPES["minimax-m3-ep4"].layer()
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A small kernel and its header; compiled code is kept beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "more.cuh").write_text("constexpr int MORE = 3;\n")
+    file = tmp_path / "small.cu"
+    file.write_text(
+        '#include "more.cuh"\n'
+        'extern "C" __global__ void small(int* to) { to[threadIdx.x] = MORE * FACTOR; }\n'
+    )
+    return file
+
+
+# --- The kernels ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_of(monkeypatch):
+    """The kernel in CUDA C++ that the default of a call launches, as the host code asks for it."""
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
+    for module in (flow, once):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+
+    def find(name, tokens):
+        shape, found = SHAPES[name], []
+        layer = shape.layer()
+        with torch.device("meta"):
+            x = torch.empty(tokens, layer.hidden_size, dtype=torch.bfloat16)
+            ids = torch.empty(tokens, layer.top_k, dtype=torch.int32)
+            weights = torch.empty(tokens, layer.top_k)
+            expert_map = torch.empty(layer.num_experts, dtype=torch.int32)
+        tensors = shape.weights("meta").tensors()
+        given = x, weights, ids, expert_map if layer.expert_parallel else None
+        with launch.instead_of_launching(found.append):
+            kernel.run(layer, tensors, *given, tiles.choose(layer, tokens))
+        (one,) = found
+        return one
+
+    return find
+
+
+def local_memory(source, constants, *more):
+    """Bytes of a thread's stack and of spills, by the compiler's words."""
+    _, words = build._compile(source, [*build._options(constants), "--ptxas-options=-v", *more])
+    (found,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", words)
+    return max(map(int, found))
+
+
+# With NVFP4 a thread has two words more than its 80 registers hold (NVRTC 13.0).
+SPILLED = {"deepseek-v4-flash-ep8": 8}
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("name", "tokens", "kernel_name"),
+    [
+        ("step-3.5-ep8", 8, "moe_once"),
+        ("step-3.5-ep8", 64, "flow"),
+        ("step-3.5-ep8", 256, "flow"),
+        ("step-3.5-ep8", 1024, "flow"),
+        ("step-3.5-tp8-even", 8, "moe_once"),
+        ("step-3.5-tp8-even", 64, "flow"),
+        ("step-3.5-tp8-even", 1024, "flow"),
+        ("step-3.5-tp8-even", 4096, "flow"),
+        ("deepseek-v4-flash-ep8", 8, "moe_once"),
+        ("minimax-m3-ep4", 8, "moe_once"),
+    ],
+)
+def test_registers_hold_everything(kernel_of, name, tokens, kernel_name):
+    one = kernel_of(name, tokens)
+    assert one.name == kernel_name
+    assert local_memory(one.source, one.constants) <= SPILLED.get(name, 0)
+
+
+@compiles
+def test_what_registers_do_not_hold_is_seen(source):
+    source.write_text(
+        'extern "C" __global__ void small(int* to) {\n'
+        "  int some[32] = {};\n"
+        "  for (int i = 0; i < FACTOR; ++i) some[to[i] & 31] += i;\n"
+        "  to[threadIdx.x] = some[to[threadIdx.x] & 31];\n"
+        "}\n"
+    )
+    assert local_memory(source, {"FACTOR": 99}.items()) == 32 * 4
+
+
+# --- What is compiled -----------------------------------------------------------------------------
+
+
+@compiles
+def test_what_was_compiled_is_found_again(source):
+    code, anew = build.machine_code(source, {"FACTOR": 2}.items())
+    assert anew
+    assert b"small" in code
+    assert build.machine_code(source, {"FACTOR": 2}.items()) == (code, False)
+    assert [file.read_bytes() for file in build.folder().iterdir()] == [code]
+    other, anew = build.machine_code(source, {"FACTOR": 3}.items())
+    assert anew
+    assert other != code
+    source.write_text(source.read_text() + "// the same but for this\n")
+    assert build.machine_code(source, {"FACTOR": 2}.items())[1]
+    assert len(list(build.folder().iterdir())) == 3
+
+
+@compiles
+def test_a_folder_that_cannot_be_written_means_another_compilation(source, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))
+    for _ in range(2):
+        assert build.machine_code(source, {"FACTOR": 2}.items())[1]
+
+
+@compiles
+def test_the_words_of_the_compiler(source):
+    with pytest.raises(RuntimeError, match='identifier "FACTOR" is undefined') as error:
+        build.machine_code(source, ())
+    assert "small.cu --gpu-architecture=sm_90a" in str(error.value)
+    assert not build.folder().exists()
+
+
+def test_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.folder() == tmp_path / "moe-backend" / "cuda"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.folder() == tmp_path / ".cache" / "moe-backend" / "cuda"
+
+
+# --- Which calls they run -------------------------------------------------------------------------
+
+
+def blocks(n13=128, k13=128, n2=128, k2=128):
+    return {"w13_block": (n13, k13), "w2_block": (n2, k2)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "tokens", "count", "wanted"),
+    [
+        (EP8, {}, 8, 3, "1, 2 or 4 blocks of tokens"),
+        (EP8, {}, 9, 1, "at most 8 tokens"),
+        (EP8, {"top_k": 33}, 8, 1, "at most 256 slots of 8 tokens"),
+        (EP8, {"hidden_size": 16384}, 8, 1, "room for two steps beside 8 tokens of 16384 columns"),
+        (EP8, {"hidden_size": 4160}, 8, 1, "a hidden size that is a multiple of 128"),
+        (EP8, {"intermediate_size": 1296}, 8, 1, "an intermediate size that is a multiple of 32"),
+        (EP8, blocks(n13=4), 8, 1, "one scale for 8 rows of w13 and for 16 of w2"),
+        (EP8, blocks(n2=8), 8, 1, "one scale for 8 rows of w13 and for 16 of w2"),
+        (EP8, blocks(k13=64), 8, 1, "one scale of w13 for 128 columns"),
+        (EP8, blocks(k2=96), 8, 1, "scales of w2 for 32, 64 or multiples of 128 columns"),
+        (V4, {"intermediate_size": 1920}, 8, 1, "sizes that are multiples of 256"),
+        (V4, {"hidden_size": 4224}, 8, 1, "sizes that are multiples of 256"),
+        (M3, {"intermediate_size": 3088}, 8, 1, "sizes that are multiples of 32"),
+    ],
+)
+def test_what_once_cannot_take_is_refused(layer, changes, tokens, count, wanted):
+    once.check(layer, 8, Once(1))
+    with pytest.raises(ValueError, match=f"{wanted}.* expected$"):
+        once.check(replace(layer, **changes), tokens, Once(count))
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "choice", "wanted"),
+    [
+        (M3, {}, Flow(8, 2, 2, 4), "FP8"),
+        (EP8, {}, Flow(8, 2, 2, 1), "2 stages or more that fit into shared memory"),
+        (EP8, {}, Flow(128, 2, 2, 8), "2 stages or more that fit into shared memory"),
+        (EP8, {}, Flow(24, 2, 2, 4), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
+        (EP8, {}, Flow(8, 1, 2, 4), "2 to 4 groups, 1 to 3 blocks"),
+        (EP8, {}, Flow(8, 2, 4, 2), "2 to 4 groups, 1 to 3 blocks"),
+        (EP8, {}, Flow(128, 2, 3, 2), "fewer sums"),
+        (EP8, {}, Flow(96, 3, 2, 2), "fewer sums"),
+        (EP8, {"hidden_size": 4128}, Flow(8, 2, 2, 4), "a hidden size in 64s"),
+        (EP8, {"intermediate_size": 1288}, Flow(8, 2, 2, 4), "an intermediate size in 16s"),
+        (EP8, blocks(n13=16), Flow(8, 2, 2, 4), "one scale for 32 rows of w13 and for 64 of w2"),
+        (EP8, blocks(n2=32), Flow(8, 2, 2, 4), "one scale for 32 rows of w13 and for 64 of w2"),
+        (EP8, blocks(k2=16), Flow(8, 2, 2, 4), "scales for 32 columns or more"),
+    ],
+)
+def test_what_flow_cannot_take_is_refused(layer, changes, choice, wanted):
+    flow.check(EP8, Flow(8, 2, 2, 6))
+    with pytest.raises(ValueError, match=f"{wanted}.* expected$"):
+        flow.check(replace(layer, **changes), choice)
+
+
+@pytest.mark.parametrize("tile", [(8, 4, 1), (16, 3, 2), (32, 2, 3), (64, 2, 2), (128, 2, 2)])
+def test_stages_fill_shared_memory(tile):
+    choice = tiles.flow(EP8, *tile)
+    flow.check(EP8, choice)
+    if choice.stages < 8:
+        with pytest.raises(ValueError, match="fit into shared memory"):
+            flow.check(EP8, replace(choice, stages=choice.stages + 1))
+
+
+DEFAULTS = {
+    "step-3.5-ep8": {2: Few, 3: Once, 8: Once, 9: Flow, 1024: Flow},
+    "step-3.5-tp8-even": {2: Few, 8: Once, 64: Flow, 4096: Flow},
+    "deepseek-v4-flash-ep8": {1: Once, 8: Once},
+    "minimax-m3-ep4": {1: Once, 8: Once},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
+    layer = SHAPES[name].layer()
+    monkeypatch.setattr(build, "missing", lambda: None)
+    for tokens, kind in DEFAULTS[name].items():
+        choice = tiles.choose(layer, tokens)
+        assert isinstance(choice, kind), tokens
+        assert methods.sound(layer, tokens, choice)
+    monkeypatch.setattr(build, "missing", lambda: "no compiler")
+    for tokens in (1, 2, 3, 8, 9, 64, 1024, 4096):
+        assert not isinstance(tiles.choose(layer, tokens), Once | Flow), tokens
+
+
+def test_a_layer_that_they_cannot_take_gets_another_method(monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: None)
+    changed = [
+        replace(EP8, hidden_size=4128), replace(EP8, **blocks(n13=16, k13=64)),
+        replace(V4, intermediate_size=2080), replace(M3, intermediate_size=3088),
+    ]  # fmt: skip
+    for layer, tokens in product(changed, (1, 3, 8, 64, 1024)):
+        assert not isinstance(tiles.choose(layer, tokens), Once | Flow), (layer, tokens)
