@@ -806,7 +806,7 @@ def test_doctor_names_the_tables_in_use(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_has_the_tables(tmp_path):
+def test_a_wheel_has_the_tables_and_sources(tmp_path):
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
     copytree(root / "moe_backend", source / "moe_backend")
@@ -823,3 +823,5 @@ def test_a_wheel_has_the_tables(tmp_path):
     tables = {f"moe_backend/kernels/hopper/tuned/{f.name}" for f in folder.glob("*.json")}
     assert tables
     assert tables <= set(packed)
+    sources = (root / "moe_backend/kernels/hopper/cuda").iterdir()  # what NVRTC compiles
+    assert {str(f.relative_to(root)) for f in sources} <= set(packed)
