@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -34,17 +34,21 @@ class Layer:
     producers: int = 3
     wide_ids: bool = False
     weight_on_input: bool = False
-    more: dict[str, int] = field(default_factory=dict, hash=False)
+    consumers: int = 8
+    chunk: int = 2048
 
     def defines(self) -> dict[str, object]:
-        return {
+        constants: dict[str, object] = {
             "FORMAT": self.format, "SIZE_H": self.h, "SIZE_I": self.i, "EXPERTS": self.experts,
             "NUM_IDS": self.num_ids, "TOP_K": self.top_k, "TOKEN_BLOCKS": self.token_blocks,
             "ROW_GROUPS": -(-self.h // (16 * self.blocks)), "ACTIVATION": self.activation,
             "HAS_MAP": int(self.num_ids != self.experts), "IDS64": int(self.wide_ids),
             "WEIGHT_ON_INPUT": int(self.weight_on_input), "SHARED_BYTES": SHARED,
-            "N13": self.n13, "K13": self.k13, "N2": self.n2, "K2": self.k2, **self.more,
+            "CONSUMERS": self.consumers, "CHUNK": self.chunk,
         }  # fmt: skip
+        if self.format == FP8:
+            constants |= {"N13": self.n13, "K13": self.k13, "N2": self.n2, "K2": self.k2}
+        return constants
 
 
 @dataclass
@@ -114,7 +118,7 @@ class Case:
         ids = self.ids.to(torch.int64 if layer.wide_ids else torch.int32)
         driver.launch(
             driver.compile(SOURCE, layer.defines()), "moe_once", layer.blocks,
-            32 * (layer.more.get("CONSUMERS", 8) + 2 + layer.producers), SHARED,
+            32 * (layer.consumers + 2 + layer.producers), SHARED,
             [self.x, ids, self.map, self.topk_weights, w13.codes, w13.scale, w13.factor, w2.codes,
              w2.scale, w2.factor, self.hidden, out, self.counters, self.tokens, LIMIT, ALPHA, BETA],
             seed=seed,

@@ -65,9 +65,9 @@ def test_lanes(samples):
     out = torch.empty(144).int()
     driver.launch(samples, "lanes", 1, 32, 0, [out])
     x = torch.arange(32)
-    votes = sum(1 << i for i in range(0, 32, 3))
-    expected = [x ^ 5, torch.where(x < 29, x + 3, x), x // 16 * 16 + 9]
-    expected += [torch.full((32,), votes), torch.full((16,), 2)]
+    expected = [x ^ 5, torch.where(x < 3, x, x - 3), x.flip(0)]
+    for lanes, step in ((32, 3), (16, 5)):
+        expected.append(torch.full((lanes,), sum(1 << i for i in range(0, lanes, step))))
     assert torch.equal(out, torch.cat(expected).int())
     pair, out = torch.randint(0, 1 << 15, (2, 8, 8)).short(), torch.empty(2, 8, 8).short()
     driver.launch(samples, "transpose", 1, 32, 512, [pair, out])
@@ -88,12 +88,10 @@ def test_numbers_are_rounded_as_the_gpu_does(samples):
     assert torch.equal(got16.view(torch.int16), bf16.view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16])
-def test_mma(samples, dtype):
-    depth = 32 // dtype.itemsize
-    a, b, d = torch.randn(16, depth).to(dtype), torch.randn(8, depth).to(dtype), torch.randn(16, 8)
+def test_mma(samples):
+    a, b, d = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16(), torch.randn(16, 8)
     expected = d.double() + a.double() @ b.double().T
-    driver.launch(samples, "multiply_in_warp", 1, 32, 0, [a, b, d, dtype == torch.bfloat16])
+    driver.launch(samples, "multiply_in_warp", 1, 32, 0, [a, b, d])
     torch.testing.assert_close(d.double(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -13,17 +13,15 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 STEP = Layer(FP8, 256, 256, SWIGLUSTEP)
 SHARD = Layer(FP8, 256, 160, SWIGLUSTEP, n13=32, k2=32)
-CHUNKS = {"CHUNK": 256}
-V4 = Layer(NVFP4, 768, 768, CLAMPED_SILU, top_k=4, blocks=6, more={"CHUNK": 128})
+V4 = Layer(NVFP4, 768, 768, CLAMPED_SILU, top_k=4, blocks=6, chunk=128)
 # The last of its blocks has no rows of the output.
-M3 = Layer(
-    BF16, 352, 160, SWIGLUOAI, num_ids=5, blocks=12, producers=1, more=CHUNKS | {"CONSUMERS": 4}
-)
+M3 = Layer(BF16, 352, 160, SWIGLUOAI, num_ids=5, blocks=12, producers=1, consumers=4, chunk=256)
 LAYERS = {
     "fp8": STEP,
-    "fp8, chunks and slices": Layer(FP8, 384, 640, SILU, more=CHUNKS),
+    "fp8, chunks and slices": Layer(FP8, 384, 640, SILU, chunk=256),
     "fp8, shard": SHARD,
-    "fp8, shard in slices": replace(SHARD, i=320, more={"CHUNK": 128}),
+    "fp8, shard in slices": replace(SHARD, i=320, chunk=128),
+    "fp8, equal parts": replace(STEP, consumers=2),
     "fp8, half a granule": replace(STEP, i=192, n2=64, wide_ids=True),
     "fp8, 16 tokens": replace(STEP, token_blocks=2),
     "nvfp4": V4,

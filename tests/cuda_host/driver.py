@@ -59,7 +59,7 @@ class _Range(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_int * 2),
+        ("grid", ctypes.c_int),
         ("threads", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
         ("tensors", ctypes.c_void_p),
@@ -142,7 +142,7 @@ def tensor_map(
 def launch(
     library: Library,
     kernel: str,
-    grid: int | tuple[int, int],
+    grid: int,
     threads: int,
     shared_bytes: int,
     args: Sequence[object],
@@ -185,7 +185,7 @@ def launch(
     failure = ctypes.create_string_buffer(1 << 16)
     request = _Launch(
         kernel=kernel.encode(),
-        grid=(grid, 1) if isinstance(grid, int) else grid,
+        grid=grid,
         threads=threads,
         shared_bytes=shared_bytes,
         tensors=ctypes.addressof(tensors),

@@ -35,7 +35,7 @@ typedef unsigned long long u64;
 namespace host {
 
 struct Dimensions {
-    u32 x = 1, y = 1, z = 1;
+    u32 x = 1;
 };
 
 }  // namespace host
@@ -366,8 +366,7 @@ inline Fiber& next(Fiber* self) {
 inline void enter(Fiber& fiber) {
     machine->current = &fiber;
     threadIdx.x = fiber.thread;
-    blockIdx.x = fiber.block->index % gridDim.x;
-    blockIdx.y = fiber.block->index / gridDim.x;
+    blockIdx.x = fiber.block->index;
 }
 
 inline void switch_from(Fiber& self) {

@@ -17,12 +17,7 @@
 #define KERNEL extern "C"
 #define GRID_CONSTANT
 #define SHARED_MEMORY(name) u8* const name = host::machine->current->block->shared
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
 
 struct alignas(8) uint2 {
     u32 x, y;
@@ -36,7 +31,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -49,11 +43,7 @@ template <class To, class From> To host_bits(From from) {
 }
 inline u32 __float_as_uint(float x) { return host_bits<u32>(x); }
 inline float __uint_as_float(u32 x) { return host_bits<float>(x); }
-inline int __float_as_int(float x) { return host_bits<int>(x); }
-inline float __int_as_float(int x) { return host_bits<float>(x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline u32 __byte_perm(u32 a, u32 b, u32 select) {
     u64 both = a | static_cast<u64>(b) << 32;
     u32 result = 0;
@@ -61,7 +51,6 @@ inline u32 __byte_perm(u32 a, u32 b, u32 select) {
     return result;
 }
 inline float __expf(float x) { return expf(x); }
-template <class T> T __ldg(const T* p) { return *p; }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
 
@@ -90,21 +79,15 @@ template <class T, class Source> T shuffle(const char* kind, u32 mask, T value, 
 
 }  // namespace host
 
-template <class T> T __shfl_sync(u32 mask, T value, int from, int width = 32) {
-    return host::shuffle("__shfl_sync", mask, value,
-                         [=](int lane) { return (lane & -width) | (from & (width - 1)); });
+template <class T> T __shfl_sync(u32 mask, T value, int from) {
+    return host::shuffle("__shfl_sync", mask, value, [=](int) { return from & 31; });
 }
-template <class T> T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32) {
-    return host::shuffle("__shfl_xor_sync", mask, value,
-                         [=](int lane) { return (lane ^ bits) > (lane | (width - 1)) ? lane : lane ^ bits; });
+template <class T> T __shfl_xor_sync(u32 mask, T value, int bits) {
+    return host::shuffle("__shfl_xor_sync", mask, value, [=](int lane) { return (lane ^ bits) & 31; });
 }
-template <class T> T __shfl_down_sync(u32 mask, T value, int by, int width = 32) {
-    return host::shuffle("__shfl_down_sync", mask, value,
-                         [=](int lane) { return lane + by > (lane | (width - 1)) ? lane : lane + by; });
-}
-template <class T> T __shfl_up_sync(u32 mask, T value, int by, int width = 32) {
+template <class T> T __shfl_up_sync(u32 mask, T value, int by) {
     return host::shuffle("__shfl_up_sync", mask, value,
-                         [=](int lane) { return lane - by < (lane & -width) ? lane : lane - by; });
+                         [=](int lane) { return lane < by ? lane : lane - by; });
 }
 inline u32 __ballot_sync(u32 mask, int vote) {
     u32 mine = vote != 0;
@@ -116,8 +99,6 @@ inline u32 __ballot_sync(u32 mask, int vote) {
     });
     return mine;
 }
-inline int __any_sync(u32 mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(u32 mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 
 inline uint4 load_written(const uint4* p) { return *p; }
 inline void prefetch(const void*) {}

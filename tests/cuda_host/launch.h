@@ -46,7 +46,7 @@ struct Range {
 };
 struct Launch {
     const char* kernel;
-    int grid[2], threads, shared_bytes;
+    int grid, threads, shared_bytes;
     const Range* tensors;
     const Argument* arguments;
     int tensor_count, argument_count;
@@ -86,10 +86,9 @@ inline void set_up(Machine& m, const Launch& launch) {
     m.prompt = dice(4);
     m.sources_may_change = launch.sources_may_change;
     m.end = time(nullptr) + static_cast<time_t>(launch.seconds) + 1;
-    gridDim.x = launch.grid[0];
-    gridDim.y = launch.grid[1];
+    gridDim.x = launch.grid;
     blockDim.x = launch.threads;
-    int blocks = gridDim.x * gridDim.y, warps = launch.threads / 32;
+    int blocks = launch.grid, warps = launch.threads / 32;
     m.live = blocks * launch.threads;
     m.blocks.resize(blocks);
     m.warps.resize(blocks * warps);

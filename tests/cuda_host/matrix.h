@@ -6,7 +6,6 @@
 template <int N> void take_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
 template <int N> void leave_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
 inline void compute_here(int&) {}
-inline int settled(int n) { return n; }
 
 namespace host {
 
@@ -48,36 +47,6 @@ template <int DEPTH> void multiply(Eight* d, const float (*a)[DEPTH], const Eigh
     }
 }
 
-// BYTES of an operand: 1 for e4m3, 2 for bf16; both have 32 bytes of depth.
-template <int BYTES> void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    constexpr int EACH = 4 / BYTES, DEPTH = 32 / BYTES;
-    struct Lane {
-        float* d;
-        u32 a[4], b[2];
-    } mine = {d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-    meet_warp(BYTES == 1 ? "mma_fp8" : "mma_bf16", ~0u, mine, [](Lane** lanes) {
-        float rows[16][DEPTH];
-        Eight columns[DEPTH], sums[16];
-        for (int lane = 0; lane < 32; lane++) {
-            int g = lane / 4, t = lane % 4;
-            const Lane& from = *lanes[lane];
-            auto number = [](u32 word, int i) {
-                return BYTES == 1 ? fp8.of[word >> 8 * i & 0xFF] : from_bf16(word >> 16 * i & 0xFFFF);
-            };
-            for (int i = 0; i < EACH; i++) {
-                int k = EACH * t + i;
-                for (int j = 0; j < 4; j++) rows[g + j % 2 * 8][j / 2 * DEPTH / 2 + k] = number(from.a[j], i);
-                for (int j = 0; j < 2; j++) columns[j * DEPTH / 2 + k][g] = number(from.b[j], i);
-            }
-            for (int j = 0; j < 4; j++) sums[g + j / 2 * 8][2 * t + j % 2] = from.d[j];
-        }
-        multiply<DEPTH>(sums, rows, columns, 16);
-        for (int lane = 0; lane < 32; lane++)
-            for (int j = 0; j < 4; j++)
-                lanes[lane]->d[j] = sums[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
-    });
-}
-
 }  // namespace host
 
 inline u32 to_fp8(float a, float b, float c, float d) {
@@ -89,11 +58,32 @@ inline float high_bf16(u32 pair) { return host::from_bf16(pair >> 16); }
 inline u32 multiply_bf16(u32 a, u32 b) {
     return to_bf16(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
 }
-inline u32 max_bf16(u32 a, u32 b) {
-    return to_bf16(fmaxf(low_bf16(a), low_bf16(b)), fmaxf(high_bf16(a), high_bf16(b)));
+
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    struct Lane {
+        float* d;
+        u32 a[4], b[2];
+    } mine = {d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    host::meet_warp("mma_bf16", ~0u, mine, [](Lane** lanes) {
+        float rows[16][16];
+        host::Eight columns[16], sums[16];
+        for (int lane = 0; lane < 32; lane++) {
+            int g = lane / 4, t = lane % 4;
+            const Lane& from = *lanes[lane];
+            for (int i = 0; i < 2; i++) {
+                int k = 2 * t + i;
+                auto number = [=](u32 word) { return host::from_bf16(word >> 16 * i & 0xFFFF); };
+                for (int j = 0; j < 4; j++) rows[g + j % 2 * 8][j / 2 * 8 + k] = number(from.a[j]);
+                for (int j = 0; j < 2; j++) columns[j * 8 + k][g] = number(from.b[j]);
+            }
+            for (int j = 0; j < 4; j++) sums[g + j / 2 * 8][2 * t + j % 2] = from.d[j];
+        }
+        host::multiply<16>(sums, rows, columns, 16);
+        for (int lane = 0; lane < 32; lane++)
+            for (int j = 0; j < 4; j++)
+                lanes[lane]->d[j] = sums[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
+    });
 }
-inline void mma_fp8(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { host::mma<1>(d, a, b0, b1); }
-inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { host::mma<2>(d, a, b0, b1); }
 
 // Two 8x8 matrices, of whose columns lane i is given the place of the i-th.
 inline void store_transposed(void* row, u32 first, u32 second) {

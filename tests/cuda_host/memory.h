@@ -293,12 +293,10 @@ inline void wait_until_at_least(const int* p, int value) {
     host::machine->pollers.push_back(host::machine->current);
     host::wait_for(host::describe_poll, p, value);
 }
-template <class T> T atomicAdd(T* p, std::common_type_t<T> value) {
+inline int add_relaxed(int* p, int value) {
     host::maybe_yield();
-    T before = *p;
+    int before = *p;
     *p = before + value;
     return before;
 }
-inline int add_release(int* p, int value) { return atomicAdd(p, value); }
-inline int add_relaxed(int* p, int value) { return atomicAdd(p, value); }
-inline void __threadfence() { host::maybe_yield(); }
+inline int add_release(int* p, int value) { return add_relaxed(p, value); }

@@ -43,16 +43,16 @@ KERNEL void hand_over(int* scratch, int* counter, int* out, int fault) {
         if (fault != NO_WAIT) wait_until_at_least(counter, 1);
         out[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x + scratch[threadIdx.x];
     }
-    atomicAdd(counter + 1, 1);
+    add_relaxed(counter + 1, 1);
 }
 
 KERNEL void lanes(int* out) {
     int x = threadIdx.x;
     out[x] = __shfl_xor_sync(~0u, x, 5);
-    out[32 + x] = __shfl_down_sync(~0u, x, 3);
-    out[64 + x] = __shfl_sync(~0u, x, 9, 16);
+    out[32 + x] = __shfl_up_sync(~0u, x, 3);
+    out[64 + x] = __shfl_sync(~0u, x, 31 - x);
     out[96 + x] = __ballot_sync(~0u, x % 3 == 0);
-    if (x < 16) out[128 + x] = __any_sync(0xFFFF, x == 20) + 2 * __any_sync(0xFFFF, x == 3);
+    if (x < 16) out[128 + x] = __ballot_sync(0xFFFF, x % 5 == 0);
 }
 
 KERNEL void round_numbers(const float* in, u32* fp8, u32* bf16) {
@@ -63,8 +63,8 @@ KERNEL void round_numbers(const float* in, u32* fp8, u32* bf16) {
     bf16[2 * i + 1] = to_bf16(v.z, v.w);
 }
 
-// a [16, 32 bytes], b [8, 32 bytes], d [16, 8], of e4m3 or bf16.
-KERNEL void multiply_in_warp(const u32* a, const u32* b, float* d, int bf16) {
+// d [16, 8] += a [16, 16] b [8, 16]^T, of bf16.
+KERNEL void multiply_in_warp(const u32* a, const u32* b, float* d) {
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
     u32 rows[4];
     float sums[4];
@@ -72,8 +72,7 @@ KERNEL void multiply_in_warp(const u32* a, const u32* b, float* d, int bf16) {
         rows[i] = a[(g + i % 2 * 8) * 8 + i / 2 * 4 + t];
         sums[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
     }
-    if (bf16) mma_bf16(sums, rows, b[g * 8 + t], b[g * 8 + 4 + t]);
-    else mma_fp8(sums, rows, b[g * 8 + t], b[g * 8 + 4 + t]);
+    mma_bf16(sums, rows, b[g * 8 + t], b[g * 8 + 4 + t]);
     for (int i = 0; i < 4; i++) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 

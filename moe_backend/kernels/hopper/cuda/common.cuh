@@ -1,6 +1,6 @@
 // What the CUDA kernels of this folder share: names for the PTX that they use, and the activations.
 //
-// Everything that is not plain C++ goes through the functions of this file and of mma.cuh, so that
+// Everything that is not plain C++ goes through the functions of this file and of wgmma.cuh, so that
 // a host compiler can run the same kernels with other definitions of them (tests/cuda_host).
 #pragma once
 
@@ -144,12 +144,6 @@ template <int N> DEVICE void leave_registers() { asm volatile("setmaxnreg.dec.sy
 // What is made of `value` from here on is not computed earlier, where it would occupy registers.
 DEVICE void compute_here(int& value) { asm volatile("" : "+r"(value)); }
 
-// The same number, computed here: else the compiler may compute it again in every turn of a loop.
-DEVICE int settled(int n) {
-    asm volatile("" : "+r"(n));
-    return n;
-}
-
 // Four numbers as e4m3, the first in the lowest byte; beyond 448 saturates.
 DEVICE u32 to_fp8(float a, float b, float c, float d) {
     u16 low, high;
@@ -168,27 +162,14 @@ DEVICE u32 multiply_bf16(u32 a, u32 b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
 }
-// Of a number and a NaN, the number.
-DEVICE u32 max_bf16(u32 a, u32 b) {
-    u32 larger;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
-    return larger;
-}
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 // --- Tensor cores, a warp at a time ---
 
-// d += a b: 16 rows of a, 8 columns of b, 32 (e4m3) or 16 (bf16) deep. PTX ISA, mma.m16n8k32 and
-// m16n8k16: of lane 4g+t, a is rows g, g+8, g, g+8 at columns from 4t, 4t, 4t+16, 4t+16 (bf16: 2t and
-// 2t+8); b is column g at rows from 4t and 4t+16 (2t and 2t+8); d is row g at columns 2t and 2t+1,
-// then row g+8.
-DEVICE void mma_fp8(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// d += a b: 16 rows of a, 8 columns of b, 16 deep, bf16. PTX ISA, mma.m16n8k16: of lane 4g+t, a is rows
+// g, g+8, g, g+8 at columns from 2t, 2t, 2t+8, 2t+8; b is column g at rows from 2t and 2t+8; d is row g
+// at columns 2t and 2t+1, then row g+8.
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

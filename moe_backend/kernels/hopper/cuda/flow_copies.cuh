@@ -1,0 +1,126 @@
+// flow.cu: the warp that keeps the ring filled.
+#pragma once
+
+#include "flow_items.cuh"
+
+// The first and the last row of `hidden_scale` that a step of the second GEMM needs.
+DEVICE int first_group(int k0) { return k0 / GROUP; }
+DEVICE int last_group(const Layer& layer, int k0) { return (min(k0 + STEP, layer.I) - 1) / GROUP; }
+
+// Bytes of token scales from a row: positions end with the array.
+DEVICE int scale_bytes(const Layer& layer, const Item& item) {
+    return 4 * min(item.columns(), layer.positions - item.start);
+}
+
+template <bool GATED>
+DEVICE void copy_weight_scales(const Layer& layer, const Item& item, float* to, int k0, int lane) {
+    constexpr int SCALES = GATED ? SCALES13 : SCALES2;
+#pragma unroll
+    for (int first = 0; first < PARTS * SCALES; first += 32) {
+        const int i = first + lane, part = i / SCALES, nth = i % SCALES;
+        if (part >= item.parts) continue;
+        const float* from;
+        if (GATED) {
+            const int row13 = (item.block * GROUP + part * 32) / N13;
+            const int row = (2 * item.expert + nth % 2) * layer.scale_rows13 + row13;
+            const int column = min((k0 + nth / 2 * SUB13) / K13, layer.scale_columns13 - 1);
+            from = layer.w13_scale + row * layer.scale_columns13 + column;
+        } else {
+            const int row = item.expert * layer.scale_rows2 + (item.block * ROWS + part * 64) / N2;
+            const int column = min((k0 + nth * SUB2) / K2, layer.scale_columns2 - 1);
+            from = layer.w2_scale + row * layer.scale_columns2 + column;
+        }
+        copy_float(to + part * PART_SCALES + nth, from);
+    }
+}
+
+// A step's weights with their scales; of the step's barrier all but the tokens' copies.
+template <bool GATED>
+DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
+    const int lane = threadIdx.x % 32;
+    u64* full = &shared.full[stage];
+    if (lane == 0) {
+        const int rows = GATED ? 1 : 1 + last_group(layer, k0) - first_group(k0);
+        const int bytes = item.parts * PART_BYTES + item.columns() * STEP;
+        barrier_expect(full, bytes + rows * scale_bytes(layer, item));
+        u8* to = shared.matrices[stage];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++, to += PART_BYTES) {
+            if (part >= item.parts) break;
+            const int eight = item.block * (GROUP / 8) + part * 4;
+            if (GATED) copy_box(to, layer.w13, k0, 0, 0, eight, item.expert, full);
+            else copy_box(to, layer.w2, k0, item.expert * layer.H + item.block * ROWS + part * 64, full);
+        }
+    }
+    copy_weight_scales<GATED>(layer, item, shared.weight_scales[stage], k0, lane);
+    arrive_with_copies(full);
+}
+
+// A step's tokens and their scales, by one thread.
+template <bool GATED>
+DEVICE void copy_tokens(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
+    u64* full = &shared.full[stage];
+    u8* to = shared.matrices[stage] + PARTS * PART_BYTES;
+    const TensorMap* map32 = GATED ? layer.tokens32 : layer.hidden32;
+    const TensorMap* map8 = GATED ? layer.tokens8 : layer.hidden8;
+    const int rows = item.columns();
+    int row = 0;
+#pragma unroll 1
+    for (; row + 32 <= rows; row += 32) copy_box(to + row * STEP, map32, k0, item.start + row, full);
+#pragma unroll 1
+    for (; row < rows; row += 8) copy_box(to + row * STEP, map8, k0, item.start + row, full);
+    const float* scales = GATED ? layer.token_scale : layer.hidden_scale;
+    const int first = GATED ? k0 / STEP : first_group(k0);
+    const int last = GATED ? first : last_group(layer, k0);
+#pragma unroll 1
+    for (int group = first; group <= last; group++) {
+        const float* from = scales + static_cast<long long>(group) * layer.positions + item.start;
+        copy_bulk(shared.token_scales[stage][group - first], from, scale_bytes(layer, item), full);
+    }
+}
+
+// All steps of an item, the nth of the queue. Tokens fall behind the weights, up to the whole ring, while
+// they are not ready.
+template <bool GATED>
+DEVICE void copy_item(const Layer& layer, Shared& shared, const Item& item, int n, Ring& ring) {
+    const int lane = threadIdx.x % 32;
+    const int depth = layer.depth(GATED), leave_at = max(layer.steps(GATED) - 2, 0) * STEP;
+    Ring behind = ring;
+    int done = 0;
+    bool ready = item.ready;
+    if (!GATED && ready) fence_async_global();
+    for (int k0 = 0; k0 < depth; k0 += STEP) {
+        if (k0 == leave_at && lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        if (k0 == 0 && lane == 0) shared.items[ring.stage] = item;
+        copy_weights<GATED>(layer, shared, item, ring.stage, k0);
+        ring.advance();
+        if (!GATED && !ready) {
+            const bool must = k0 + STEP >= depth || k0 + STEP - done == STAGES * STEP;
+            ready = hidden_ready(layer, shared, item.hit, must);
+            if (ready) fence_async_global();
+        }
+        for (; ready && done <= k0; done += STEP, behind.advance()) {
+            if (lane == 0) copy_tokens<GATED>(layer, shared, item, behind.stage, done);
+        }
+    }
+}
+
+DEVICE void copy(const Layer& layer, Shared& shared) {
+    const int lane = threadIdx.x % 32;
+    Ring ring;
+    for (int n = 0;; n++) {
+        barrier_wait(&shared.queued[n % QUEUE], n / QUEUE & 1);
+        const Item item = shared.queue[n % QUEUE];
+        __syncwarp();
+        if (item.parts == 0) break;
+        if (item.gated) copy_item<true>(layer, shared, item, n, ring);
+        else copy_item<false>(layer, shared, item, n, ring);
+    }
+    barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    if (lane == 0) {
+        shared.items[ring.stage].parts = 0;
+        barrier_arrive(&shared.full[ring.stage]);
+    }
+    arrive_with_copies(&shared.full[ring.stage]);
+}

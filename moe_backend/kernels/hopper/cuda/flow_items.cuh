@@ -1,0 +1,103 @@
+// flow.cu: the items that there are, and the warp that claims them.
+#pragma once
+
+#include "flow_shared.cuh"
+
+// Sum of `value` over this lane and those before it.
+DEVICE int sum_up_to(int value, int lane) {
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        const int other = __shfl_up_sync(ALL, value, by);
+        if (lane >= by) value += other;
+    }
+    return value;
+}
+
+// All threads: the list to shared memory, with sums of tiles. How many experts it has.
+DEVICE int read_list(const Layer& layer, Shared& shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int count = layer.list[0];
+    int before = 0;
+    for (int first = 0; first < count; first += THREADS) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        Hit hit = {0, 0, 0, 0};
+        if (i < count) {
+            const int* entry = layer.list + 1 + i * layer.stride;
+            hit = {entry[0], entry[1], entry[2], 0};
+        }
+        const int tiles = ceil_div(hit.end - hit.start, MOST);
+        const int up_to = sum_up_to(tiles, lane);
+        if (lane == 31) shared.warp_totals[warp] = up_to;
+        __syncthreads();
+        hit.tiles_before = before + up_to - tiles;
+        for (int w = 0; w < THREADS / 32; w++) {
+            if (w < warp) hit.tiles_before += shared.warp_totals[w];
+            before += shared.warp_totals[w];
+        }
+        if (i < count) shared.hits[i] = hit;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) shared.hits[count] = {0, 0, 0, before};
+    __syncthreads();
+    return count;
+}
+
+// The expert of which tile `tile` of all is.
+DEVICE int find_hit(const Shared& shared, int count, int tile) {
+    int low = 0, high = count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (shared.hits[middle].tiles_before <= tile) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int ticket) {
+    const int tiles = shared.hits[count].tiles_before;
+    Item item = {};
+    item.gated = ticket < tiles * layer.blocks13();
+    if (!item.gated) ticket -= tiles * layer.blocks13();
+    const int blocks = item.gated ? layer.blocks13() : layer.blocks2();
+    if (ticket >= tiles * blocks) return item;
+    item.hit = find_hit(shared, count, ticket / blocks);
+    const Hit hit = shared.hits[item.hit];
+    const int own_tiles = shared.hits[item.hit + 1].tiles_before - hit.tiles_before;
+    const int inside = ticket - hit.tiles_before * blocks;
+    const int each = 8 * ceil_div(hit.end - hit.start, 8 * own_tiles);
+    item.block = inside / own_tiles;
+    item.expert = hit.expert;
+    item.start = hit.start + inside % own_tiles * each;
+    item.tokens = min(each, hit.end - item.start);
+    item.parts = item.gated ? min(PARTS, ceil_div(layer.I - item.block * GROUP, 32))
+                            : min(PARTS, (layer.H - item.block * ROWS) / 64);
+    return item;
+}
+
+// Whether an expert's hidden columns are there; or, if it must, waits until they are.
+DEVICE bool hidden_ready(const Layer& layer, const Shared& shared, int hit, bool must) {
+    const int tiles = shared.hits[hit + 1].tiles_before - shared.hits[hit].tiles_before;
+    const int items = tiles * layer.blocks13();
+    if (must) wait_until_at_least(layer.ready + hit, items);
+    return must || load_acquire(layer.ready + hit) >= items;
+}
+
+// Claims the next item when the last steps of the one before are about to be copied, or with items of few
+// steps one item earlier: it takes about as long as copying two steps.
+DEVICE void claim(const Layer& layer, Shared& shared, int count) {
+    const int lane = threadIdx.x % 32;
+    int ticket = blockIdx.x;
+    for (int n = 0;; n++) {
+        Item item = find_item(layer, shared, count, ticket);
+        if (item.parts > 0) item.ready = item.gated || hidden_ready(layer, shared, item.hit, false);
+        if (lane == 0) {
+            shared.queue[n % QUEUE] = item;
+            barrier_arrive(&shared.queued[n % QUEUE]);
+        }
+        if (item.parts == 0) return;
+        const int before = layer.steps(item.gated) > 2 ? n : n - 1;
+        if (before >= 0) barrier_wait(&shared.taken[before % QUEUE], before / QUEUE & 1);
+        const int claimed = lane == 0 ? add_relaxed(layer.ticket, 1) : 0;
+        ticket = __shfl_sync(ALL, claimed, 0) + gridDim.x;
+    }
+}

@@ -1,0 +1,71 @@
+// flow.cu: what an item is, what the layer is, and what is in shared memory.
+#pragma once
+
+#include "flow_sizes.cuh"
+
+struct alignas(16) Item {
+    int parts;   // 0: there are no more
+    int gated;   // of the first GEMM
+    int ready;   // its tokens are there
+    int hit;     // number of the expert in the list
+    int expert;
+    int block;   // of hidden columns, or of output rows
+    int start;   // first position
+    int tokens;
+
+    // As many as are copied and multiplied, perhaps beyond the expert's own.
+    DEVICE int columns() const { return ceil_div(tokens, 8) * 8; }
+};
+
+struct alignas(16) Hit {
+    int expert, start, end;
+    int tiles_before;
+};
+
+struct Shared {
+    u8 matrices[STAGES][PARTS * PART_BYTES + MOST * STEP];
+    u8 staging[STAGING_BYTES];
+    float token_scales[STAGES][2][MOST];
+    float weight_scales[STAGES][PARTS * PART_SCALES];
+    Item items[STAGES];
+    Item queue[QUEUE];
+    Hit hits[EXPERTS + 1];
+    float codes_per_unit[MOST];
+    int warp_totals[THREADS / 32];
+    u64 full[STAGES], empty[STAGES];  // of the ring
+    u64 queued[QUEUE], taken[QUEUE];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
+
+struct Layer {
+    const TensorMap *w13, *w2;
+    const TensorMap *tokens32, *tokens8, *hidden32, *hidden8;  // boxes of 32 and of 8 positions
+    const float *w13_scale, *w2_scale, *token_scale;
+    const int* list;
+    int stride;
+    int *ticket, *ready;
+    u8* hidden;
+    float* hidden_scale;
+    u16* partial;
+    float limit, alpha, beta;
+    int H, I, positions;
+    int scale_rows13, scale_columns13, scale_rows2, scale_columns2;
+
+    DEVICE int blocks13() const { return ceil_div(I, GROUP); }
+    DEVICE int blocks2() const { return ceil_div(H, ROWS); }
+    DEVICE int depth(bool gated) const { return gated ? H : I; }
+    DEVICE int steps(bool gated) const { return ceil_div(depth(gated), STEP); }
+};
+
+// A place in the ring, and the parity of its turn.
+struct Ring {
+    int stage = 0;
+    int phase = 0;
+
+    DEVICE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};

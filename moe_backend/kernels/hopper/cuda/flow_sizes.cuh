@@ -1,0 +1,44 @@
+// flow.cu: its sizes, from the macros.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int STEP = 128;                    // columns of K, bytes
+constexpr int PART_BYTES = 64 * STEP;        // of a part's step: 64 rows
+constexpr int PARTS = WARP_GROUPS * BLOCKS;  // of an item
+constexpr int GROUP = 32 * PARTS;            // hidden columns of an item, which share a scale
+constexpr int ROWS = 64 * PARTS;             // output rows of an item
+constexpr int CONSUMER_WARPS = 4 * WARP_GROUPS;
+constexpr int CONSUMERS = 32 * CONSUMER_WARPS;
+constexpr int THREADS = CONSUMERS + 128;
+// Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
+constexpr int COPY_REGISTERS = 56;
+constexpr int REGISTERS = WARP_GROUPS == 2 ? 224 : WARP_GROUPS == 3 ? 152 : 104;
+constexpr int PRODUCTS = WARP_GROUPS == 4 ? 32 : 64;  // registers for sums that are not scaled yet
+constexpr int QUEUE = 2;                 // items claimed and not yet copied
+constexpr unsigned ALL = 0xFFFFFFFFu;    // lanes
+constexpr float E4M3_MAX = 448.0f;
+
+DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
+DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Products that are summed before they are scaled: those that have one scale of weights and of tokens.
+constexpr int SUB13 = least(STEP, K13);
+constexpr int SUB2 = least(least(STEP, K2), GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : 32);
+static_assert(N13 % 32 == 0 && N2 % 64 == 0, "one scale for the rows of a part");
+static_assert(STEP % SUB13 == 0 && K13 % SUB13 == 0 && SUB13 % 32 == 0, "one scale for SUB13 columns");
+static_assert(STEP % SUB2 == 0 && K2 % SUB2 == 0 && GROUP % SUB2 == 0 && SUB2 % 32 == 0, "the same for SUB2");
+static_assert(GROUP >= 64, "two scales of a token for a step at most");
+constexpr int MOST_SUMS = WARP_GROUPS == 2 ? 256 : WARP_GROUPS == 3 ? 128 : 64;
+static_assert(MOST % 8 == 0 && MOST <= 128 && BLOCKS * MOST <= MOST_SUMS, "registers");
+
+// Scales of a part's weights in a step: of the first GEMM gate's and up's.
+constexpr int SCALES13 = 2 * (STEP / SUB13);
+constexpr int SCALES2 = STEP / SUB2;
+constexpr int PART_SCALES = most(SCALES13, SCALES2);
+
+// Tokens whose outputs are turned around at once.
+constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);
+constexpr int CODE_STRIDE = GROUP + 16;  // bytes; an odd multiple of 16, against bank conflicts
+constexpr int STAGING_BYTES = most(most(PARTS * TURNED * 128, MOST * CODE_STRIDE), 4 * CONSUMER_WARPS * MOST);

@@ -1,0 +1,148 @@
+// once.cu: the warps that keep the ring filled.
+#pragma once
+
+#include "once_routing.cuh"
+
+// One of the block's warps that copy. The first leads: it routes, claims, and says what a stage is for.
+struct Producer {
+    int part, parts, lane;
+
+    DEVICE bool leads() const { return part == 0; }
+};
+
+// Waits for a stage to be free and promises so many bytes of copies to it.
+DEVICE void begin_stage(const Shared& s, const Turn& turn, int unit, int bytes, const Producer& me) {
+    if (!me.leads()) {
+        barrier_wait(s.assigned(turn.stage), turn.phase);
+        return;
+    }
+    barrier_wait(s.empty(turn.stage), turn.phase ^ 1);
+    if (me.lane == 0) {
+        *s.unit(turn.stage) = unit;
+        barrier_expect(s.full(turn.stage), bytes);
+        barrier_arrive(s.assigned(turn.stage));
+    }
+    __syncwarp();
+}
+
+// Everyone arrives, so that no stage comes round while a warp still has to look at it.
+DEVICE void end_stage(const Shared& s, Turn& turn, const Producer& me) {
+    if (!me.leads()) {
+        __syncwarp();
+        if (me.lane == 0) barrier_arrive(s.full(turn.stage));
+    } else if (FORMAT == FP8) {
+        arrive_with_copies(s.full(turn.stage));
+    }
+    turn.next();
+}
+
+DEVICE void bring_unit(const Shared& s, const Problem& p, Turn& turn, int unit, const Producer& me) {
+    int expert = s.hit_experts()[unit / UNITS], column = unit % UNITS * 8;
+    int lane = me.lane, row = lane % 16, weight_row = (row < 8 ? 0 : I - 8) + column + row;
+    long long at = static_cast<long long>(expert) * (2 * I) + weight_row;
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        int bytes = min(CHUNK_BYTES, ROW1 - chunk * CHUNK_BYTES);
+        begin_stage(s, turn, unit, 16 * bytes + (FORMAT == NVFP4 ? 2 * bytes : 0), me);
+        u64* full = s.full(turn.stage);
+        u8* scales = s.stage_scales(turn.stage);
+        const u8* from = p.w13 + at * ROW1 + chunk * CHUNK_BYTES;
+        u8* to = s.stage(turn.stage) + row * STRIDE1;
+        if (FORMAT == NVFP4 && lane >= 16) {
+            from = p.w13_scale + (at * ROW1 + chunk * CHUNK_BYTES) / 8;
+            to = scales + row * SCALE_STRIDE1;
+        }
+        bool copies = lane < 16 || (FORMAT == NVFP4 && (CHUNKS > 1 || row % 8 == 0));
+        int copied = lane < 16 ? bytes : CHUNKS > 1 ? bytes / 8 : bytes;
+        if (row % me.parts == me.part && copies) copy_bulk(to, from, copied, full);
+        if (FORMAT == FP8 && me.leads()) {
+            const float* gate =
+                reinterpret_cast<const float*>(p.w13_scale) +
+                (static_cast<long long>(expert) * 2 * SCALE_ROWS13 + column / N13) * SCALE_COLUMNS13;
+            for (int n = lane; n < 2 * CHUNK_GRANULES; n += 32) {
+                int up = n / CHUNK_GRANULES, granule = chunk * CHUNK_GRANULES + n % CHUNK_GRANULES;
+                const float* scale = gate + up * SCALE_ROWS13 * SCALE_COLUMNS13 + granule * 128 / K13;
+                if (granule < GRANULES1) copy_float(reinterpret_cast<float*>(scales) + n, scale);
+            }
+        }
+        end_stage(s, turn, me);
+    }
+}
+
+// This block's rows of w2 for `pieces` hits from `hit` on, or of one hit the granules from `granule` on.
+DEVICE void bring_rows(const Shared& s, const Problem& p, Turn& turn, int hit, int pieces, int granule,
+                       const Producer& me) {
+    int rows = output_rows(), first = blockIdx.x * ROWS;
+    int from = granule * GRANULE_BYTES, bytes = min(SLICE_BYTES, ROW2 - from);
+    begin_stage(s, turn, SECOND_GEMM, pieces * rows * (bytes + (FORMAT == NVFP4 ? bytes / 8 : 0)), me);
+    u64* full = s.full(turn.stage);
+    for (int n = me.lane * me.parts + me.part; n < pieces * (WHOLE ? 1 : ROWS); n += 32 * me.parts) {
+        int piece = WHOLE ? n : n / ROWS, row = WHOLE ? 0 : n % ROWS, copied = WHOLE ? rows * bytes : bytes;
+        if (row >= rows) continue;
+        long long at = (static_cast<long long>(s.hit_experts()[hit + piece]) * H + first + row) * ROW2 + from;
+        copy_bulk(s.stage(turn.stage) + piece * PIECE + row * STRIDE2, p.w2 + at, copied, full);
+        if (FORMAT == NVFP4 && SLICES == 1 && row == 0)
+            copy_bulk(s.stage_scales(turn.stage) + piece * PIECE_SCALES, p.w2_scale + at / 8,
+                      rows * (ROW2 / 8), full);
+        if (FORMAT == NVFP4 && SLICES > 1)
+            copy_bulk(s.stage_scales(turn.stage) + piece * PIECE_SCALES + row * SCALE_STRIDE2,
+                      p.w2_scale + at / 8, copied / 8, full);
+    }
+    if (FORMAT == FP8 && me.leads()) {
+        float* scales = reinterpret_cast<float*>(s.stage_scales(turn.stage));
+        for (int n = me.lane; n < pieces * ROW_GROUPS * SUBS; n += 32) {
+            int piece = n / (ROW_GROUPS * SUBS), row = first + n / SUBS % ROW_GROUPS * 16;
+            int column = granule * GRANULE + n % SUBS * SUB;
+            if (row >= H || column >= I) continue;
+            long long at = static_cast<long long>(s.hit_experts()[hit + piece]) * SCALE_ROWS2 + row / N2;
+            copy_float(scales + n,
+                       reinterpret_cast<const float*>(p.w2_scale) + at * SCALE_COLUMNS2 + column / K2);
+        }
+    }
+    end_stage(s, turn, me);
+}
+
+// The last block to come here leaves the counters as the next launch wants them.
+DEVICE void leave_counters(const Shared& s, const Problem& p) {
+    barrier_wait(s.passed(), 0);
+    if (add_release(p.exited, 1) != static_cast<int>(gridDim.x) - 1) return;
+    *p.ticket = 0;
+    *p.done = 0;
+    *p.exited = 0;
+}
+
+DEVICE void bring_all_rows(const Shared& s, const Problem& p, Turn& turn, int hits, const Producer& me) {
+    if (hits == 0 || output_rows() <= 0) {  // the consumers still wait for a stage
+        begin_stage(s, turn, SECOND_GEMM, 0, me);
+        end_stage(s, turn, me);
+        return;
+    }
+    for (int hit = 0; hit < hits; hit += PIECES)
+#pragma unroll 1
+        for (int slice = 0; slice < SLICES; ++slice)
+            bring_rows(s, p, turn, hit, min(PIECES, hits - hit), slice * SLICE_GRANULES, me);
+}
+
+DEVICE void lead(const Shared& s, const Problem& p, const Producer& me) {
+    int hits = route(s, p, me.lane), units = hits * UNITS;
+    Turn turn;
+    int unit = blockIdx.x;
+    while (unit < units) {
+        int claimed = me.lane == 0 ? add_relaxed(p.ticket, 1) : 0;
+        bring_unit(s, p, turn, unit, me);
+        unit = gridDim.x + __shfl_sync(0xFFFFFFFF, claimed, 0);
+    }
+    bring_all_rows(s, p, turn, hits, me);
+    if (me.lane == 0) leave_counters(s, p);
+}
+
+DEVICE void help(const Shared& s, const Problem& p, const Producer& me) {
+    Turn turn;
+    while (true) {
+        barrier_wait(s.assigned(turn.stage), turn.phase);
+        int unit = *s.unit(turn.stage);
+        if (unit == SECOND_GEMM) break;
+        bring_unit(s, p, turn, unit, me);
+    }
+    bring_all_rows(s, p, turn, *s.hits(), me);
+}
