@@ -152,6 +152,15 @@ def test_a_folder_that_cannot_be_written_means_another_compilation(source, monke
 
 
 @compiles
+def test_the_compiler_writes_into_no_object_of_the_interpreter(source):
+    """An empty log is one byte, which Python shares: written into, `b" "` was `b"\\0"` everywhere."""
+    source.write_text("")
+    build._compile(source, build._options(()))
+    shared = [bytes([n]) for n in range(256)]
+    assert [n for n in range(256) if ord(shared[n]) != n] == []
+
+
+@compiles
 def test_the_words_of_the_compiler(source):
     with pytest.raises(RuntimeError, match='identifier "FACTOR" is undefined') as error:
         build.machine_code(source, ())

@@ -101,18 +101,25 @@ def _compile(source: Path, options: list[str]) -> tuple[bytes, str]:
         encoded = [option.encode() for option in options]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        log = _room(size)
         nvrtc.nvrtcGetProgramLog(program, log)
         words = log.rstrip(b"\0 ").decode(errors="replace")
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"{source.name} {' '.join(options)} does not compile:\n{words}")
         error, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(error)
-        code = b" " * size
+        code = _room(size)
         _check(*nvrtc.nvrtcGetCUBIN(program, code))
         return code, words
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _room(size: int) -> bytes:
+    """Bytes that the bindings write into, though Python takes them to be constant: never the one
+    object that stands for all equal strings of a single byte, or `b" "` is another one afterwards.
+    """
+    return bytes(max(size, 2))
 
 
 def _check(error: object) -> None:
