@@ -153,11 +153,11 @@ def test_a_folder_that_cannot_be_written_means_another_compilation(source, monke
 
 @compiles
 def test_the_compiler_writes_into_no_object_of_the_interpreter(source):
-    """An empty log is one byte, which Python shares: written into, `b" "` was `b"\\0"` everywhere."""
+    """An empty log is one byte. Python shares such strings: `b" "` was another one afterwards."""
     source.write_text("")
     build._compile(source, build._options(()))
-    shared = [bytes([n]) for n in range(256)]
-    assert [n for n in range(256) if ord(shared[n]) != n] == []
+    every = bytes(range(256))
+    assert [n for n in range(256) if ord(every[n : n + 1]) != n] == []
 
 
 @compiles
