@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -265,7 +266,17 @@ class Session:
 
 
 def environment(nccl: Path | None = None) -> dict[str, str]:
-    """For everything that is started: no multicast, our package, another NCCL library if given."""
+    """For everything that is started: no multicast, our package, another NCCL library if given.
+
+    Raises:
+        SystemExit: vLLM would not find the plugin.
+    """
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "moe_backend" not in plugins.names:
+        sys.exit(
+            "error: moe-backend is not installed in this environment, so vLLM does not find its "
+            "plugin (a folder on PYTHONPATH does not do); run: pip install --no-deps -e ."
+        )
     env = {
         # Multicast off unless the caller has set these otherwise.
         "NCCL_NVLS_ENABLE": "0",
