@@ -33,6 +33,8 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Extra arguments: make demo DEMO_ARGS=..., make test PYTEST_ARGS="-k layout -x"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Test files that run at a time; each takes a core, some a few GB
+JOBS ?= 2
 
 .PHONY: help install dev demo test test-long emulate sanitize versions lint typecheck format clean distclean
 
@@ -47,7 +49,7 @@ demo: install ## serve the small example model on the CPU and ask it something
 	@$(PY) examples/simple_inference.py $(DEMO_ARGS)
 
 test: lint typecheck ## lint, type-check and run the tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs gcc)
 	$(PY) -m pytest -m emulate $(PYTEST_ARGS)
