@@ -65,9 +65,9 @@ def examine() -> Report:
 def _cuda_cpp() -> str:
     """Whether kernels in CUDA C++ can be compiled here, and where they are kept."""
     missing = build.missing()
-    return (
-        f"not here: {missing}; other kernels run in their place" if missing else str(build.folder())
-    )
+    if missing:
+        return f"not compiled: {missing}; other kernels run in their place"
+    return f"can be compiled; kept in {build.folder()}"
 
 
 def _accelerator() -> str:

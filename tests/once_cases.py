@@ -109,7 +109,7 @@ class Case:
         self.w2 = weights(layer, layer.h, layer.i, layer.n2, layer.k2, 1)
         self.counters = torch.zeros(96, dtype=torch.int32)
 
-    def run(self, seed: int = 0) -> torch.Tensor:
+    def run(self, seed: int = 0, resident: int | None = None) -> torch.Tensor:
         """The output; `hidden`, what the first GEMM left, stays."""
         layer, columns, w13, w2 = self.layer, 8 * self.layer.token_blocks, self.w13, self.w2
         hits = min(layer.experts, columns * layer.top_k)
@@ -121,7 +121,7 @@ class Case:
             32 * (layer.consumers + 2 + layer.producers), SHARED,
             [self.x, ids, self.map, self.topk_weights, w13.codes, w13.scale, w13.factor, w2.codes,
              w2.scale, w2.factor, self.hidden, out, self.counters, self.tokens, LIMIT, ALPHA, BETA],
-            seed=seed,
+            seed=seed, resident=resident,
         )  # fmt: skip
         assert not self.counters.any(), "the counters are not as the next launch wants them"
         return out

@@ -152,6 +152,26 @@ def test_a_folder_that_cannot_be_written_means_another_compilation(source, monke
 
 
 @compiles
+def test_a_damaged_file_is_compiled_again(source, monkeypatch):
+    kernel = launch.Kernel(source, "small", (("FACTOR", 2),), 0)
+    code, _ = launch.machine_code(kernel)
+    (kept,) = build.folder().iterdir()
+
+    def handle(kernel, code):
+        if code == b"damaged":
+            raise RuntimeError("the driver says no")
+        return code
+
+    monkeypatch.setattr(launch, "_handle", handle)
+    kept.write_bytes(b"damaged")
+    assert launch._load(kernel) == kept.read_bytes() == code
+    kept.unlink()
+    monkeypatch.setattr(launch, "machine_code", lambda kernel: (b"damaged", True))
+    with pytest.raises(RuntimeError, match="says no"):
+        launch._load(kernel)
+
+
+@compiles
 def test_the_compiler_writes_into_no_object_of_the_interpreter(source):
     """An empty log is one byte. Python shares such strings: `b" "` was another one afterwards."""
     source.write_text("")
@@ -269,3 +289,18 @@ def test_a_layer_that_they_cannot_take_gets_another_method(monkeypatch):
     ]  # fmt: skip
     for layer, tokens in product(changed, (1, 3, 8, 64, 1024)):
         assert not isinstance(tiles.choose(layer, tokens), Once | Flow), (layer, tokens)
+
+
+def test_each_layer_and_stream_counts_in_lines_of_its_own():
+    room = torch.zeros(3, once.COUNTERS, dtype=torch.int32, device="meta")
+    offsets = [once.own(room, *key).storage_offset() for key in ((1, 0), (1, 7), (2, 0), (1, 7))]
+    assert offsets == [0, 96, 192, 96]
+    with pytest.raises(RuntimeError, match="3 layers times streams on meta, and all are taken"):
+        once.own(room, 2, 7)
+    once._taken.pop(room.device)
+
+
+def test_the_log_line_says_what_is_lacking(monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: "cuda-bindings is not installed")
+    said = kernel.HopperKernel().preference(EP8)
+    assert said.endswith("without its CUDA C++ methods: cuda-bindings is not installed")

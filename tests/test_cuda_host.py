@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 SEEDS = range(12)
 COLUMNS = 48
-RIGHT, NO_WAIT, EARLY = range(3)  # as in samples.cu
+RIGHT, NO_WAIT, EARLY, LATE = range(4)  # as in samples.cu
 FP8 = torch.float8_e4m3fn
 
 
@@ -59,6 +59,17 @@ def test_blocks_interleave(samples, fault):
 
     seen = outcomes(launch, right)
     assert seen == {"right"} if fault == RIGHT else "wrong" in seen
+
+
+def test_a_block_that_waits_for_one_that_has_no_room(samples):
+    def launch(fault, resident):
+        zeros = [torch.zeros(size).int() for size in (64, 2, 5 * 64)]
+        driver.launch(samples, "hand_over", 5, 64, 0, [*zeros, fault], resident=resident)
+
+    launch(RIGHT, 1)
+    launch(LATE, 5)
+    with pytest.raises(RuntimeError, match="nothing can go on"):
+        launch(LATE, 4)
 
 
 def test_lanes(samples):
@@ -153,6 +164,11 @@ MISUSES = [
 def test_misuse_is_reported(samples, fault):
     with pytest.raises(RuntimeError, match=MISUSES[fault]):
         driver.launch(samples, "misuse", 1, 64, 64, [torch.zeros(64).int(), fault])
+
+
+def test_the_next_launch_starts_after_the_wait_for_those_before(samples):
+    with pytest.raises(RuntimeError, match="before this one has waited"):
+        driver.launch(samples, "misuse", 1, 64, 64, [None, 18])
 
 
 def test_races(samples):

@@ -45,6 +45,12 @@ def test_repeats_bit_for_bit(layer: Layer) -> None:
     assert all(torch.equal(first, case.run(seed)) for seed in (1, 2))
 
 
+@pytest.mark.parametrize("resident", [1, 2])
+def test_few_blocks_run_at_a_time(resident: int) -> None:
+    case = Case(STEP, 8)
+    assert torch.equal(case.run(), case.run(resident=resident))
+
+
 def test_tokens_do_not_mix() -> None:
     case = Case(STEP, 4)
     before = case.run()

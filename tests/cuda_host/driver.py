@@ -69,6 +69,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("seconds", ctypes.c_double),
         ("sources_may_change", ctypes.c_int),
+        ("resident", ctypes.c_int),
         ("failure", ctypes.c_void_p),
         ("failure_bytes", ctypes.c_uint64),
     ]
@@ -149,6 +150,7 @@ def launch(
     seed: int = 0,
     seconds: float = 120.0,
     sources_may_change: bool = False,
+    resident: int | None = None,
 ) -> None:
     """Runs a kernel; RuntimeError says what went wrong in it, and where.
 
@@ -156,6 +158,7 @@ def launch(
     floats as floats. The seed decides the order of the threads and when copies arrive. After so
     many seconds a launch has failed. Sources of copies may change until these arrive where a kernel
     copies more than it makes use of, from what other blocks are writing; what changed is NaN.
+    No more than `resident` blocks run at a time, where given; the next starts when one ends.
     """
     storages: dict[int, int] = {}
     arguments = (_Argument * max(len(args), 1))()
@@ -195,6 +198,7 @@ def launch(
         seed=seed,
         seconds=seconds,
         sources_may_change=sources_may_change,
+        resident=grid if resident is None else min(resident, grid),
         failure=ctypes.addressof(failure),
         failure_bytes=len(failure),
     )

@@ -118,6 +118,7 @@ struct Fiber {
     const void* what = nullptr;
     long value = 0;
     u64 floats_there = 0;  // when the last of its copies of single numbers is there
+    bool waited = false;       // for earlier launches
     bool fenced = false;       // wgmma_fence was called since the last wgmma_wait
 
     int lane() const { return thread % 32; }
@@ -197,6 +198,7 @@ struct Machine {
     std::priority_queue<Event> events;
     std::vector<Fiber*> pollers;  // of global memory
     int live = 0;
+    size_t started = 0;  // blocks; the others start in their turn where one ends
     Context beginning;
     sigjmp_buf failed;
     std::string failure;
@@ -450,6 +452,12 @@ void check_end(Fiber& fiber);  // launch.h: nothing that it started is left
 
 constexpr const char* SYNCTHREADS = "__syncthreads";
 
+inline void start_block() {
+    if (machine->started == machine->blocks.size()) return;
+    const Block& block = machine->blocks[machine->started++];
+    for (int t = 0; t < block.live; t++) wake(machine->fibers[block.index * block.live + t]);
+}
+
 inline void run_fiber() {
     machine->kernel(machine->arguments);
     Fiber& self = *machine->current;
@@ -463,6 +471,7 @@ inline void run_fiber() {
         meeting.expected = block.live;
         if (static_cast<int>(meeting.fibers.size()) == block.live) end_meeting(meeting);
     }
+    if (!block.live) start_block();
     if (machine->live) switch_from(self);
     else change(self.context, machine->beginning);
     __builtin_unreachable();

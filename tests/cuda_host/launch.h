@@ -52,7 +52,7 @@ struct Launch {
     int tensor_count, argument_count;
     u64 seed;
     double seconds;
-    int sources_may_change;
+    int sources_may_change, resident;
     char* failure;
     u64 failure_bytes;
 };
@@ -115,9 +115,9 @@ inline void set_up(Machine& m, const Launch& launch) {
             fiber.warp->index = t / 32;
             fiber.warp->rank = dice(~0u);
             prepare(fiber.context, fiber.stack, STACK_BYTES, run_fiber);
-            wake(fiber);
         }
     }
+    for (int b = 0; b < launch.resident; b++) start_block();
 }
 
 // Until all fibers have ended, or one has failed.

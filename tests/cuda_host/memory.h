@@ -201,8 +201,11 @@ inline std::string describe_poll(const void* what, long value) {
 
 }  // namespace host
 
-inline void wait_for_launches() {}
-inline void let_next_start() {}
+inline void wait_for_launches() { host::machine->current->waited = true; }
+// What follows a launch counts on it: its successor may read before it waits what its predecessors wrote.
+inline void let_next_start() {
+    if (!host::machine->current->waited) host::fail("the next launch starts before this one has waited");
+}
 
 inline u32 shared_address(const void* pointer) {
     host::check_shared(pointer, 0, 1, "shared_address");

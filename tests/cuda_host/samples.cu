@@ -1,7 +1,7 @@
 // Small kernels for test_cuda_host.py. `fault` chooses what is wrong in them; 0 is right.
 #include "wgmma.cuh"
 
-enum { RIGHT = 0, NO_WAIT = 1, EARLY = 2 };
+enum { RIGHT = 0, NO_WAIT = 1, EARLY = 2, LATE = 3 };
 
 // Doubles tiles of 256 floats through a ring of two slots: warp 0 copies, warp 1 computes.
 KERNEL void ring(const float* in, float* out, int tiles, int fault) {
@@ -33,9 +33,9 @@ KERNEL void ring(const float* in, float* out, int tiles, int fault) {
     if (tiles > 1) barrier_wait(full + 1, (tiles - 2) / 2 % 2);
 }
 
-// Block 0 writes what the others add to theirs.
+// Block 0 (LATE: the last one) writes what the others add to theirs.
 KERNEL void hand_over(int* scratch, int* counter, int* out, int fault) {
-    if (blockIdx.x == 0) {
+    if (blockIdx.x == (fault == LATE ? gridDim.x - 1 : 0)) {
         scratch[threadIdx.x] = threadIdx.x;
         __syncthreads();
         if (threadIdx.x == 0) add_release(counter, 1);
@@ -176,5 +176,6 @@ KERNEL void misuse(int* in, int fault) {
     if (fault == 16 && threadIdx.x == 0) barrier_wait(barrier, 0);
     if (fault == 16 && threadIdx.x == 1)
         for (int i = 0; i < 4; i++) barrier_arrive(barrier);
+    if (fault == 18) let_next_start();
     if (fault == 17 && threadIdx.x < 32) __syncthreads();  // right: the others have ended
 }

@@ -57,10 +57,17 @@ def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
     code, _ = _compile(source, options)
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, kept)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as own:
+            whole = Path(own) / kept.name
+            whole.write_bytes(code)
+            os.replace(whole, kept)
     return code, True
+
+
+def forget(source: Path, constants: Constants) -> None:
+    """Delete what `machine_code` has kept, where that could not be loaded."""
+    with contextlib.suppress(OSError):
+        _kept(source, _options(constants)).unlink()
 
 
 def _options(constants: Constants) -> list[str]:

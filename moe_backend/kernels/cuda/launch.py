@@ -70,7 +70,7 @@ def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument
         instead(kernel)
         return
     if kernel not in _loaded:
-        _loaded[kernel] = _load(kernel, machine_code(kernel)[0])
+        _loaded[kernel] = _load(kernel)
     _start(_loaded[kernel], kernel, grid, threads, arguments)
 
 
@@ -94,12 +94,24 @@ def instead_of_launching(do: Callable[[Kernel], None]) -> Iterator[None]:
         del _thread.instead
 
 
-def _load(kernel: Kernel, code: bytes) -> Any:
-    """The driver's handle of a kernel."""
+def _load(kernel: Kernel) -> Any:
+    """The driver's handle of a kernel; what was kept on disk is compiled again if it is damaged."""
+    code, fresh = machine_code(kernel)
+    try:
+        return _handle(kernel, code)
+    except RuntimeError:
+        if fresh:
+            raise
+    build.forget(kernel.source, kernel.constants)
+    return _handle(kernel, machine_code(kernel)[0])
+
+
+def _handle(kernel: Kernel, code: bytes) -> Any:
     from cuda.bindings import driver
 
-    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-    return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+    doing = f"loading {kernel.name} ({dict(kernel.constants)})"
+    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0), doing)
+    return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()), doing)
 
 
 def _start(
@@ -123,7 +135,8 @@ def _start(
     values = [_packed(argument) for argument in arguments]
     addresses = [ctypes.addressof(value) for value in values]
     pointers = (ctypes.c_void_p * len(values))(*addresses)
-    _checked(driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0))
+    started = driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0)
+    _checked(started, f"launching {kernel.name} on cuda:{index}")
 
 
 @cache
@@ -171,7 +184,7 @@ def _encoded(
     return (ctypes.c_uint64 * 16)(*(int(word) for word in made.opaque))
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def _checked(result: tuple[Any, ...], doing: str = "preparing a launch") -> Any:
     """The value of a call of the driver.
 
     Raises:
@@ -181,5 +194,5 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver says {driver.CUresult(error).name}")
+        raise RuntimeError(f"{doing}: the CUDA driver says {driver.CUresult(error).name}")
     return values[0] if values else None

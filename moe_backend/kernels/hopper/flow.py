@@ -17,7 +17,7 @@ from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
 SOURCE = Path(__file__).parent / "cuda" / "flow.cu"
 AT_ONCE = 4096  # slots up to which one launch sorts them
-WHOLE = 1 << 20  # tokens of a "tile" in the list of tiles: experts are listed whole
+WHOLE = 1 << 30  # tokens of a "tile" in the list of tiles: experts are listed whole
 
 
 def run(

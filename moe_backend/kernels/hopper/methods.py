@@ -18,6 +18,7 @@ from moe_backend.kernels.hopper import flow, once, prefill, stream, tiles, wide
 from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
+    ONCE_BLOCKS,
     SHARED_BYTES,
     Few,
     Flow,
@@ -158,6 +159,9 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         slots = tokens * layer.top_k / layer.num_experts
         sizes = [n for n in tiles.STREAM_STAGES if n <= max(8, 3 * slots)]
         nearest[Stream] = tiles.stream(max(sizes))
+    blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
+    if blocks and not isinstance(default, Once):
+        nearest[Once] = Once(blocks)  # beyond eight tokens it never is the default
     sorted_or_tiled = tiles.tiles(layer, tokens)
     nearest.setdefault(type(sorted_or_tiled), sorted_or_tiled)
     return list(nearest.values())[1:]
@@ -426,7 +430,7 @@ _FEW = Method(
 _ONCE = Method(
     kind=Once,
     check=once.check,
-    ladders={"blocks": (1, 2, 4)},
+    ladders={"blocks": ONCE_BLOCKS},
     settle=lambda layer, choice: choice,
     here=lambda choice: build.missing() is None,
 )

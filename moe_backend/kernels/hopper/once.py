@@ -9,7 +9,14 @@ import torch
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, launch
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import ONCE_WARPS, SHARED_BYTES, Once, once_needs, require
+from moe_backend.kernels.hopper.tiles import (
+    ONCE_BLOCKS,
+    ONCE_WARPS,
+    SHARED_BYTES,
+    Once,
+    once_needs,
+    require,
+)
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 
@@ -17,7 +24,7 @@ SOURCE = Path(__file__).parent / "cuda" / "once.cu"
 WARPS, CLERKS, COPYING = ONCE_WARPS, 2, 2  # that multiply, store hidden columns, and copy
 CHUNK = 2048  # bytes of a weight row in a step
 COUNTERS = 96  # int32 that a call counts in: three, in lines of memory of their own
-ROOM = 8192  # calls that can be told apart on a GPU: layers times streams
+ROOM = 8192  # layers times streams on a GPU
 
 
 def run(
@@ -33,7 +40,8 @@ def run(
 
     Raises:
         ValueError: what `check` says.
-        RuntimeError: a CUDA graph is captured on a GPU where no layer was prepared.
+        RuntimeError: a CUDA graph is captured on a GPU where no layer was prepared, or more layers
+            times streams have run there than counters have room.
     """
     tokens, top_k = topk_ids.shape
     check(layer, tokens, choice)
@@ -87,7 +95,7 @@ def _kernel(layer: LayerConfig, choice: Once, grid: int, long_ids: bool, mapped:
 
 def check(layer: LayerConfig, tokens: int, choice: Once) -> None:
     """Raises ValueError for what the device code cannot take."""
-    require(choice.blocks in (1, 2, 4), "1, 2 or 4 blocks of tokens")
+    require(choice.blocks in ONCE_BLOCKS, "1, 2 or 4 blocks of tokens")
     require(tokens <= 8 * choice.blocks, f"at most {8 * choice.blocks} tokens")
     for holds, wanted in once_needs(layer, choice.blocks):
         require(holds, wanted)
@@ -96,16 +104,25 @@ def check(layer: LayerConfig, tokens: int, choice: Once) -> None:
 # --- Counters -------------------------------------------------------------------------------------
 
 _rooms: dict[torch.device, torch.Tensor] = {}
-_taken: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+_taken: dict[torch.device, dict[tuple[int, int], torch.Tensor]] = {}
 
 
 def make_room(device: torch.device) -> None:
     """Zeros for the counters of all calls on a GPU; not while a CUDA graph is captured.
 
     A launch finds its counters zero and leaves them so. Calls that may run at the same time must
-    have counters of their own, so each layer has some for each stream that it was called on.
+    have counters of their own, so each layer has some for each stream that it was called on. A
+    CUDA graph keeps those of the stream of its capture: graphs of one layer captured on one stream
+    must not be replayed at the same time on two.
+
+    Zeros again at each call: an engine that frees the memory of weights while it sleeps, and this
+    with it, gives back other memory when it wakes up, and loads weights again.
     """
-    if device.type == "cuda" and device not in _rooms:
+    if device.type != "cuda":
+        return
+    if device in _rooms:
+        _rooms[device].zero_()
+    else:
         _rooms[device] = torch.zeros(ROOM, COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -113,11 +130,24 @@ def _counters(w13: torch.Tensor) -> torch.Tensor:
     device = w13.device
     if device.type != "cuda":  # a dry run
         return w13
-    key = (device, w13.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
-    if key not in _taken:
-        if device not in _rooms:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("no layer was prepared on this GPU before the capture")
-            make_room(device)
-        _taken[key] = _rooms[device][len(_taken) % ROOM]
-    return _taken[key]
+    if device not in _rooms:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"no layer was prepared on {device} before the capture of a CUDA graph: call "
+                "`prepare`, or run the layer once, before"
+            )
+        make_room(device)
+    return own(_rooms[device], w13.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+
+
+def own(room: torch.Tensor, weights: int, stream: int) -> torch.Tensor:
+    """The counters, of a GPU's room, of a layer on a stream; `weights` is its weights' address."""
+    taken = _taken.setdefault(room.device, {})
+    if (weights, stream) not in taken:
+        if len(taken) == len(room):
+            raise RuntimeError(
+                f"the method `once` has counters for {len(room)} layers times streams on "
+                f"{room.device}, and all are taken: use fewer streams"
+            )
+        taken[weights, stream] = room[len(taken)]
+    return taken[weights, stream]

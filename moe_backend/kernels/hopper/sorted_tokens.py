@@ -28,7 +28,8 @@ class SortedTokens:
             `device._nvfp4_position` and with zeros up to a multiple of 256 columns.
         scale: `[columns / 128, positions]` fp32 of an e4m3 operand.
         position: `[slots]` int32, -1 for dropped ones.
-        tiles: int32, how many and of each expert, first position, end position of the expert.
+        tiles: int32, how many and of each expert, first position, end position of the expert; of
+            `sort_at_once` then the place in the list, four numbers in all.
         weights: `[tokens, top_k]` fp32 routing weights.
     """
 

@@ -203,9 +203,11 @@ FEW_SLOTS, FEW_BYTES = 64, 250e6
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).
 ENOUGH_TILES = 528
-# Tokens from which one launch wins over two of matrix-vector products; with other formats always.
+# Tokens from which one launch wins over two of matrix-vector products; from one on with other
+# formats. Tuned rows say otherwise here and there.
 ONCE_FROM = {Fp8BlockWeights.name: 3}
 ONCE_WARPS = 16  # that multiply
+ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles have 384 rows
 # of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (45, 64))

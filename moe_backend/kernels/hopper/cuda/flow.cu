@@ -6,15 +6,15 @@
 // outputs before the routing weights; a later launch sums those over a token's slots.
 //
 // Operands. With few tokens per expert time goes by bytes of weights, so weights are the first operand,
-// 64 rows of an MMA, and tokens the narrow side, as many columns as the tile has tokens, to a multiple
-// of eight. The accelerator brings gate and up rows in turns of eight, so that a thread has the gate
+// 64 rows of an MMA, and tokens the narrow side: the narrowest of 8, 16, 24, 32, 48, 64, 96 and 128
+// columns that holds the tile's tokens. The accelerator brings gate and up rows in turns of eight, so that a thread has the gate
 // (row g of an MMA's 16 rows a warp) and the up (row g + 8) of a hidden column.
 //
 // Items. One of the first GEMM is PARTS parts of 32 hidden columns, one of the second PARTS parts of 64
 // output rows, each for all of K and for a tile of an expert's tokens: up to MOST, the expert's tokens
-// split evenly. Items are claimed from a counter in order: all of the first GEMM, then all of the
-// second; tiles that share weights follow each other, then blocks of an expert. A running block alone
-// has claimed what others wait for, so waiting ends whichever blocks run together.
+// split evenly. Items are claimed from a counter in order, a block's first one too: all of the first
+// GEMM, then all of the second; tiles that share weights follow each other, then blocks of an expert. A
+// running block alone has claimed what others wait for, so waiting ends whichever blocks run together.
 //
 // From one GEMM to the other nothing drains: an item of the second waits only for its own expert's
 // hidden columns (`ready` counts the items that have made some), mostly long done, and its weights
@@ -136,15 +136,17 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
         prefetch_map(&hidden32);
         prefetch_map(&hidden8);
     }
-    let_next_start();
     wait_for_launches();
-    const int count = read_list(layer, shared);
+    let_next_start();  // only now: what follows reads what earlier launches wrote before it waits
     // The same for all lanes, which the compiler is to know.
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
+    const bool claims = threadIdx.x == 32 * (CONSUMER_WARPS + 1);
+    const int claimed = claims ? add_relaxed(layer.ticket, 1) : 0;  // is there when the list is
+    const int count = read_list(layer, shared);
     if (warp >= CONSUMER_WARPS) {
         leave_registers<COPY_REGISTERS>();
         if (warp == CONSUMER_WARPS) copy(layer, shared);
-        if (warp == CONSUMER_WARPS + 1) claim(layer, shared, count);
+        if (warp == CONSUMER_WARPS + 1) claim(layer, shared, count, claimed);
     } else {
         take_registers<REGISTERS>();
         consume(layer, shared, {warp / 4, warp % 4, static_cast<int>(threadIdx.x) % 32});

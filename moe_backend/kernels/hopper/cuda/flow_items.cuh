@@ -83,11 +83,12 @@ DEVICE bool hidden_ready(const Layer& layer, const Shared& shared, int hit, bool
 }
 
 // Claims the next item when the last steps of the one before are about to be copied, or with items of few
-// steps one item earlier: it takes about as long as copying two steps.
-DEVICE void claim(const Layer& layer, Shared& shared, int count) {
+// steps one item earlier: it takes about as long as copying two steps. Lane 0 brings the first claim, so
+// that a block which does not run yet has nothing that others wait for.
+DEVICE void claim(const Layer& layer, Shared& shared, int count, int claimed) {
     const int lane = threadIdx.x % 32;
-    int ticket = blockIdx.x;
     for (int n = 0;; n++) {
+        const int ticket = __shfl_sync(ALL, claimed, 0);
         Item item = find_item(layer, shared, count, ticket);
         if (item.parts > 0) item.ready = item.gated || hidden_ready(layer, shared, item.hit, false);
         if (lane == 0) {
@@ -97,7 +98,6 @@ DEVICE void claim(const Layer& layer, Shared& shared, int count) {
         if (item.parts == 0) return;
         const int before = layer.steps(item.gated) > 2 ? n : n - 1;
         if (before >= 0) barrier_wait(&shared.taken[before % QUEUE], before / QUEUE & 1);
-        const int claimed = lane == 0 ? add_relaxed(layer.ticket, 1) : 0;
-        ticket = __shfl_sync(ALL, claimed, 0) + gridDim.x;
+        if (lane == 0) claimed = add_relaxed(layer.ticket, 1);
     }
 }

@@ -15,8 +15,8 @@
 //
 // First GEMM: a unit is eight hidden columns of one hit: 16 weight rows, eight of gate and their eight
 // of up, so a thread has gate and up of the same hidden column. Blocks claim units in order from a
-// counter in global memory, one ahead of need; only a running block holds units and it waits for
-// nobody before they are done, so the launch cannot hang however few blocks run at a time. The warps
+// counter in global memory, the first one too, one ahead of need: only a running block holds units and
+// it waits for nobody before they are done, so the launch cannot hang however few blocks run at a time. The warps
 // split a unit's K by granules and leave their sums in one of two buffers in shared memory. Each buffer
 // has a clerk, a further warp that adds, activates and stores what it finds there: until all blocks can
 // see a unit's hidden columns takes about as long as reading its weights, and consumers do not wait for
