@@ -119,7 +119,7 @@ def _count_cuda(monkeypatch, counts):
     launch._loaded.clear()
     monkeypatch.setattr(build, "missing", lambda: None)
     monkeypatch.setattr(launch, "machine_code", machine_code)
-    monkeypatch.setattr(launch, "_load", lambda kernel, code: kernel.name)
+    monkeypatch.setattr(launch, "_handle", lambda kernel, code: kernel.name)
     monkeypatch.setattr(launch, "_start", start)
 
 
