@@ -43,8 +43,7 @@ def run(
 
     # The next item, and for each expert that is hit how much of its hidden columns is done.
     counters = empty(1 + e, dtype=torch.int32)
-    at_once = slots <= AT_ONCE
-    arrange: Callable[..., SortedTokens] = sort_at_once if at_once else sort
+    arrange: Callable[..., SortedTokens] = sort_at_once if slots <= AT_ONCE else sort
     ordered = arrange(layer, x, topk_weights, topk_ids, expert_map, WHOLE, counters)
     positions = len(ordered.operand)
     hidden = empty(positions, i, dtype=w13.dtype)
@@ -60,7 +59,7 @@ def run(
         [turns_of_eight, _rows(w2.view(-1, i), 64), _rows(ordered.operand, 32),
          _rows(ordered.operand, 8), _rows(hidden, 32), _rows(hidden, 8), w13_scale, w2_scale,
          ordered.scale, ordered.tiles, counters, hidden, hidden_scale, partial,
-         activation.limit or 0.0, activation.alpha, activation.beta, 4 if at_once else 3, h, i,
+         activation.limit or 0.0, activation.alpha, activation.beta, ordered.stride, h, i,
          positions, w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1],
          w2_scale.shape[2]],
     )  # fmt: skip

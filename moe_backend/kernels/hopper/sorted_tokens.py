@@ -28,8 +28,8 @@ class SortedTokens:
             `device._nvfp4_position` and with zeros up to a multiple of 256 columns.
         scale: `[columns / 128, positions]` fp32 of an e4m3 operand.
         position: `[slots]` int32, -1 for dropped ones.
-        tiles: int32, how many and of each expert, first position, end position of the expert; of
-            `sort_at_once` then the place in the list, four numbers in all.
+        tiles: int32, how many and of each `stride` numbers: expert, first position, end position
+            of the expert, and of four which of its expert's tiles came first of all.
         weights: `[tokens, top_k]` fp32 routing weights.
     """
 
@@ -38,6 +38,7 @@ class SortedTokens:
     position: torch.Tensor
     tiles: torch.Tensor
     weights: torch.Tensor
+    stride: int = 3
 
 
 def sort(
@@ -106,10 +107,7 @@ def sort_at_once(
     tile_tokens: int,
     flags: torch.Tensor,
 ) -> SortedTokens:
-    """As `sort`, in one launch, for so few slots that each program may look through all.
-
-    `tiles` has a fourth number for each tile, which of its expert's tiles came first of all.
-    """
+    """As `sort`, in one launch, for so few slots that each program may look through all."""
     import triton
 
     from moe_backend.kernels.hopper import sort_device
@@ -138,7 +136,7 @@ def sort_at_once(
         EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         TOKENS=tile_tokens, PDL=True, num_warps=4,
     )  # fmt: skip
-    return SortedTokens(operand, scale, position, tiles, weights)
+    return SortedTokens(operand, scale, position, tiles, weights, stride=4)
 
 
 def combine(layer: LayerConfig, tokens: SortedTokens, partial: torch.Tensor) -> torch.Tensor:
