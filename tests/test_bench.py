@@ -93,6 +93,16 @@ def test_weights_are_valid(format_name):
     assert weights.intermediate_size == 64
 
 
+def test_a_shard_off_the_grid_has_the_scales_of_whole_blocks():
+    """Rank 1's 160 columns from 160 on: 96 of the block from 128 on, 64 of the next."""
+    weights = replace(SHAPES["step-3.5-tp8-even"], local=2).weights("cpu")
+    gate, w2 = weights.w13_scale[:, :5], weights.w2_scale
+    for scale in (gate, w2.transpose(1, 2)):
+        assert torch.equal(scale[:, :3], scale[:, :1].expand(-1, 3, -1))
+        assert torch.equal(scale[:, 3], scale[:, 4])
+        assert not (scale[:, 2] == scale[:, 3]).any()
+
+
 def test_a_checkpoints_shape(tiny):
     shape = shape_of(tiny, tp=2, ep=3)
     assert (shape.format, shape.experts, shape.local, shape.top_k) == ("bf16", 8, 3, 2)

@@ -281,6 +281,23 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
         assert not isinstance(tiles.choose(layer, tokens), Once | Flow), tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "tile", "gathers"),
+    [
+        ("step-3.5-tp8-even", 512, (32, 3, 2), False),
+        ("step-3.5-tp8-even", 513, (32, 3, 2), True),
+        ("step-3.5-tp8-even", 4096, (128, 3, 1), True),
+        ("step-3.5-tp8-padded", 4096, (128, 2, 2), True),
+        ("step-3.5-ep8", 1024, (64, 3, 2), False),
+    ],
+)
+def test_tiles_and_where_tokens_come_from(name, tokens, tile, gathers, monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: None)
+    layer = SHAPES[name].layer()
+    assert tiles.choose(layer, tokens) == tiles.flow(layer, *tile)
+    assert flow.gathers(layer, tokens * layer.top_k) is gathers
+
+
 def test_a_layer_that_they_cannot_take_gets_another_method(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: None)
     changed = [

@@ -138,6 +138,12 @@ def test_other_copies(samples):
     for seed in SEEDS:
         driver.launch(samples, "gather", 1, 64, 64 * 4 + 8, [x, index, out], seed)
         assert torch.equal(out, x[index.long()].flip(0))
+    x, out = torch.randint(1 << 30, (9, 4)).int(), torch.empty(64, 4).int()
+    index = torch.randint(-1, 9, (64,)).int()
+    there = (index >= 0)[:, None]
+    for seed in SEEDS:
+        driver.launch(samples, "gather_pieces", 1, 64, 64 * 16 + 8, [x, index, out], seed)
+        assert torch.equal(out, torch.where(there, x[index.long()], 0).flip(0))
 
 
 MISUSES = [

@@ -40,12 +40,14 @@ class Case:
     kind: int = 1
     stride: int = 3
     grid: int = 3
+    gather: bool = False
 
     @property
     def defines(self) -> dict[str, object]:
         (n13, k13), (n2, k2) = self.w13_block, self.w2_block
         return {
             "WARP_GROUPS": self.groups, "BLOCKS": self.blocks, "MOST": self.most,
+            "GATHER": int(self.gather),
             "STAGES": self.stages, "EXPERTS": EXPERTS, "ACTIVATION": self.kind,
             "N13": n13, "K13": k13, "N2": n2, "K2": k2, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
@@ -63,7 +65,7 @@ class Case:
         stage = parts * 8192 + self.most * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 48
         turned = min(self.most, 32 if parts <= 4 else 16)
         staging = max(parts * turned * 128, self.most * max(group + 16, 16 * self.groups))
-        rest = 16 * (EXPERTS + 1) + 4 * self.most + 16 * (self.groups + 1) + 96
+        rest = 16 * (EXPERTS + 1) + 16 * self.most + 16 * (self.groups + 1) + 96
         return self.stages * stage + staging + rest
 
 
@@ -87,6 +89,10 @@ class Layer:
         self.w13, self.w2 = random_codes(e, 2 * i, h), random_codes(e, h, i)
         self.w13_scale = torch.rand(e, 2, cdiv(i, n13), cdiv(h, k13)) * 0.1 + 0.01
         self.w2_scale = torch.rand(e, cdiv(h, n2), cdiv(i, k2)) * 0.1 + 0.01
+        for scale in (self.w13_scale, self.w2_scale):  # some neighbours have the same
+            for column in range(1, scale.shape[-1]):
+                same = torch.rand(scale.shape[:-1]) < 0.6
+                scale[..., column][same] = scale[..., column - 1][same]
         entries, first = [], 0
         for expert, count in enumerate(case.tokens):
             if count:
@@ -95,11 +101,24 @@ class Layer:
         self.positions = first
         self.hits = len(entries) // case.stride
         self.list = torch.tensor([self.hits, *entries], dtype=torch.int32)
-        self.tokens = torch.full((first, h), POISON, dtype=torch.uint8).view(E4M3)
-        self.token_scale = torch.full((cdiv(h, 128), first), float("nan"))
-        for _, begin, end in self.ranges():
-            self.tokens[begin:end] = random_codes(end - begin, h)
-            self.token_scale[:, begin:end] = torch.rand(cdiv(h, 128), end - begin) * 0.1 + 0.01
+        # Two slots of a token, in any order; one token in between has none.
+        self.token_of = torch.full((first,), 1 << 30, dtype=torch.int32)
+        routed = torch.cat([torch.arange(b, e) for _, b, e in self.ranges()])
+        self.token_of[routed] = torch.randperm(len(routed)).int() // 2
+        self.token_of[routed] += self.token_of[routed] >= 3
+        count = int(self.token_of[routed].max()) + 1
+        self.tokens = random_codes(count, h)
+        self.token_scale = torch.rand(cdiv(h, 128), count) * 0.1 + 0.01
+        if count > 3:
+            self.tokens.view(torch.uint8)[3] = POISON
+            self.token_scale[:, 3] = float("nan")
+        self.operand, self.operand_scale = self.tokens.view(torch.uint8), self.token_scale
+        if not case.gather:  # as the accelerator reads them, in the order of positions
+            self.operand = torch.full((first, h), POISON, dtype=torch.uint8)
+            self.operand_scale = torch.full((cdiv(h, 128), first), float("nan"))
+            at = self.token_of[routed].long()
+            self.operand[routed] = self.tokens.view(torch.uint8)[at]
+            self.operand_scale[:, routed] = self.token_scale[:, at]
         self.constants = (7.0 if case.kind else 0.0, 1.702, 1.0)
         self.activation = Activation.from_name(KINDS[case.kind], limit=7.0 if case.kind else None)
 
@@ -115,7 +134,6 @@ class Layer:
         hidden_scale = torch.full((cdiv(i, case.group), p), float("nan"))
         partial = torch.full((p, h), -1.0, dtype=torch.bfloat16)
         counters = torch.zeros(1 + self.hits, dtype=torch.int32)
-        tokens = self.tokens.view(torch.uint8)
 
         def rows(tensor: torch.Tensor, count: int, width: int, box: int) -> driver.TensorMap:
             return driver.tensor_map(tensor, [width, count], [width], [128, box], 128)
@@ -125,14 +143,15 @@ class Layer:
             [128, 8, 2, 4, 1], 128,
         )  # fmt: skip
         maps = [w13, rows(self.w2.view(torch.uint8), e * h, i, 64)]
-        maps += [rows(tokens, p, h, box) for box in (32, 8)]
+        maps += [rows(self.operand, len(self.operand), h, box) for box in (32, 8)]
         maps += [rows(hidden, p, i, box) for box in (32, 8)]
         scales13, scales2 = self.w13_scale.shape[2:], self.w2_scale.shape[1:]
         driver.launch(
             driver.compile(SOURCE, case.defines), "flow", case.grid, 128 * (case.groups + 1),
             case.shared_bytes,
-            [*maps, self.w13_scale, self.w2_scale, self.token_scale, self.list, counters, hidden,
-             hidden_scale, partial, *self.constants, case.stride, h, i, p, *scales13, *scales2],
+            [*maps, self.w13_scale, self.w2_scale, self.operand, self.operand_scale,
+             self.list, self.token_of, counters, hidden, hidden_scale, partial, *self.constants,
+             case.stride, h, i, len(self.tokens), p, *scales13, *scales2],
             seed, resident=resident,
             sources_may_change=True,  # boxes reach into the next expert's rows
         )  # fmt: skip
@@ -141,8 +160,9 @@ class Layer:
     def hidden_of(self, expert: int, begin: int, end: int) -> torch.Tensor:
         """Before they are quantised."""
         h, i = self.case.h, self.case.i
-        scale = self.token_scale[:, begin:end].T.repeat_interleave(128, 1)[:, :h].double()
-        x = self.tokens[begin:end].double() * scale
+        tokens = self.token_of[begin:end].long()
+        scale = self.token_scale[:, tokens].T.repeat_interleave(128, 1)[:, :h].double()
+        x = self.tokens.double()[tokens] * scale
         scales = spread(self.w13_scale[expert], self.case.w13_block, i, h)
         gate, up = x @ (self.w13[expert].double().view(2, i, h) * scales).transpose(1, 2)
         return self.activation(gate, up)
@@ -175,12 +195,14 @@ def check(layer: Layer, hidden: torch.Tensor, scale: torch.Tensor, partial: torc
 CASES = {
     "one token": Case(2, 1, 16, 3, (0, 1, 0), 128, 96, (32, 128), (128, 32)),
     "narrow shard": Case(2, 1, 16, 3, (5, 0, 1, 40, 0, 9), 192, 160, (32, 128), (128, 32)),
+    "gathered": Case(2, 1, 16, 3, (5, 0, 1, 40, 9), 192, 160, (32, 128), (128, 32), gather=True),
     "odd parts": Case(2, 2, 32, 3, (33, 7, 0, 64, 1, 18), 320, 160, (32, 128), (128, 32), 1, 4),
     "scale per 64": Case(4, 1, 32, 4, (12, 0, 45, 3), 256, 96, (128, 64), (64, 64), kind=3),
     "unsplit": Case(2, 2, 32, 2, (30, 71, 0, 2), 256, 320, (128, 128), (128, 128), kind=2),
     "six parts": Case(3, 2, 32, 2, (0, 28, 37, 16), 448, 224, (32, 128), (128, 32)),
     "six unsplit": Case(2, 3, 64, 2, (65, 6), 192, 384, (128, 32), (128, 128)),
-    "wide": Case(2, 2, 128, 3, (124, 150, 9, 88), 256, 144, (128, 128), (128, 128)),
+    "wide": Case(2, 2, 128, 3, (124, 150, 9, 88), 256, 144, (128, 128), (128, 128), gather=True),
+    "long": Case(3, 1, 128, 2, (104, 9, 140), 384, 160, (32, 128), (128, 32), 0, gather=True),
     "three parts": Case(3, 1, 32, 3, (28, 0, 39, 5), 256, 288, (128, 128), (128, 128), kind=0),
 }
 

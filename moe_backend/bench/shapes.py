@@ -84,8 +84,12 @@ class Shape:
         assert self.w13_block is not None
         assert self.w2_block is not None
         (n13, k13), (n2, k2) = self.w13_block, self.w2_block
-        s13 = torch.rand(e, 2 * cdiv(i, n13), cdiv(h, k13), device=device) * 1e-4 + 1e-4
-        s2 = torch.rand(e, cdiv(h, n2), cdiv(i, k2), device=device) * 1e-4 + 1e-4
+        # The second rank's: where its shard is off the grid, neighbours have the same block's.
+        rows, columns = _blocks(i, n13), _blocks(i, k2)
+        s13 = torch.rand(e, 2, int(rows[-1]) + 1, cdiv(h, k13), device=device) * 1e-4 + 1e-4
+        s2 = torch.rand(e, cdiv(h, n2), int(columns[-1]) + 1, device=device) * 1e-4 + 1e-4
+        s13 = s13[:, :, rows.to(device)].flatten(1, 2)
+        s2 = s2[..., columns.to(device)].contiguous()
         w13, w2 = _fp8(device, e, 2 * i, h), _fp8(device, e, h, i)
         return Fp8BlockWeights(w13, s13, w2, s2, self.w13_block, self.w2_block)
 
@@ -98,6 +102,12 @@ class Shape:
             f"hidden {self.hidden}, intermediate {self.intermediate}, "
             f"tokens {' '.join(map(str, self.tokens))}"
         )
+
+
+def _blocks(size: int, each: int) -> torch.Tensor:
+    """The checkpoint's block, 128 wide, of each `each` of the second shard's `size`, from 0 on."""
+    first = torch.arange(size, 2 * size, each)
+    return first // max(each, 128) - size // max(each, 128)
 
 
 def _codes(device: str, *shape: int) -> torch.Tensor:

@@ -117,7 +117,7 @@ struct Fiber {
     Describe describe = nullptr;
     const void* what = nullptr;
     long value = 0;
-    u64 floats_there = 0;  // when the last of its copies of single numbers is there
+    u64 few_there = 0;  // when the last of its copies of single numbers is there
     bool waited = false;       // for earlier launches
     bool fenced = false;       // wgmma_fence was called since the last wgmma_wait
 

@@ -229,6 +229,9 @@ inline void barrier_arrive(u64* barrier) {
     host::arrive(host::barrier_at(barrier, "barrier_arrive"));
     host::maybe_yield();
 }
+inline void barrier_arrive(u64* barrier, int times) {
+    for (int i = 0; i < times; i++) barrier_arrive(barrier);
+}
 inline void barrier_expect(u64* barrier, int bytes) {
     host::maybe_yield();
     host::arrive(host::barrier_at(barrier, "barrier_expect"), bytes);
@@ -264,19 +267,31 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u,
     host::maybe_yield();
 }
 inline void prefetch_map(const TensorMap*) {}
-inline void copy_float(float* to, const float* from) {
-    host::check_shared(to, 4, 4, "copy_float");
-    host::check_global(from, 4, 4, "copy_float");
-    host::Fiber& self = *host::machine->current;
-    u64 due = host::machine->now + host::some_time();
-    self.floats_there = std::max(self.floats_there, due);
-    host::start_copy(to, 4, false, due, nullptr, "copy_float", [=](u8* into) { memcpy(into, from, 4); });
+namespace host {
+
+inline void copy_few(void* to, const void* from, int bytes, bool there, const char* what) {
+    check_shared(to, bytes, bytes, what);
+    if (there) check_global(from, bytes, bytes, what);
+    Fiber& self = *machine->current;
+    u64 due = machine->now + some_time();
+    self.few_there = std::max(self.few_there, due);
+    start_copy(to, bytes, false, due, nullptr, what, [=](u8* into) {
+        if (there) memcpy(into, from, bytes);
+        else memset(into, 0, bytes);
+    });
+}
+
+}  // namespace host
+
+inline void copy_float(float* to, const float* from) { host::copy_few(to, from, 4, true, "copy_float"); }
+inline void copy_sixteen(void* to, const void* from, bool there) {
+    host::copy_few(to, from, 16, there, "copy_sixteen");
 }
 inline void arrive_with_copies(u64* word) {
     host::Fiber& self = *host::machine->current;
     host::Barrier& barrier = host::barrier_at(word, "arrive_with_copies");
     std::string who = host::text("block %d, thread %d's arrive_with_copies", self.block->index, self.thread);
-    u64 due = std::max(self.floats_there, host::machine->now) + host::dice(16);
+    u64 due = std::max(self.few_there, host::machine->now) + host::dice(16);
     host::later(due, who, [&barrier, &self] {
         if (!self.block->live) host::fail("it arrives after the end of its block");
         host::arrive(barrier);
@@ -303,3 +318,4 @@ inline int add_relaxed(int* p, int value) {
     return before;
 }
 inline int add_release(int* p, int value) { return add_relaxed(p, value); }
+inline void publish(int* p, int value) { add_relaxed(p, value); }

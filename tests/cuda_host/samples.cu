@@ -143,6 +143,20 @@ KERNEL void gather(const float* in, const int* from, float* out) {
     out[threadIdx.x] = reinterpret_cast<float*>(memory)[blockDim.x - 1 - threadIdx.x];
 }
 
+// Pieces of 16 bytes from anywhere, or zeros where the index is negative.
+KERNEL void gather_pieces(const uint4* in, const int* from, uint4* out) {
+    SHARED_MEMORY(memory);
+    uint4* pieces = reinterpret_cast<uint4*>(memory);
+    u64* barrier = reinterpret_cast<u64*>(pieces + blockDim.x);
+    if (threadIdx.x == 0) barrier_init(barrier, blockDim.x), barriers_ready();
+    __syncthreads();
+    const int index = from[threadIdx.x];
+    copy_sixteen(pieces + threadIdx.x, in + index, index >= 0);
+    arrive_with_copies(barrier);
+    barrier_wait(barrier, 0);
+    out[threadIdx.x] = pieces[blockDim.x - 1 - threadIdx.x];
+}
+
 // One barrier for two arrivals; the faults are named in the test.
 KERNEL void misuse(int* in, int fault) {
     SHARED_MEMORY(memory);

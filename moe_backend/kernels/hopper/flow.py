@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, TensorMap, launch
-from moe_backend.kernels.hopper.sorted_tokens import SortedTokens, combine, sort, sort_at_once
+from moe_backend.kernels.hopper.sorted_tokens import (
+    combine,
+    sort,
+    sort_at_once,
+    sorted_positions,
+)
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
 from moe_backend.kernels.registry import LayerConfig
@@ -43,9 +47,10 @@ def run(
 
     # The next item, and for each expert that is hit how much of its hidden columns is done.
     counters = empty(1 + e, dtype=torch.int32)
-    arrange: Callable[..., SortedTokens] = sort_at_once if slots <= AT_ONCE else sort
-    ordered = arrange(layer, x, topk_weights, topk_ids, expert_map, WHOLE, counters)
-    positions = len(ordered.operand)
+    gather = gathers(layer, slots)
+    given = layer, x, topk_weights, topk_ids, expert_map, WHOLE, counters
+    ordered = sort_at_once(*given) if slots <= AT_ONCE else sort(*given, in_place=gather)
+    positions = sorted_positions(layer, slots)
     hidden = empty(positions, i, dtype=w13.dtype)
     groups = cdiv(i, 32 * choice.groups * choice.blocks)
     hidden_scale = empty(groups, positions, dtype=torch.float32)
@@ -55,24 +60,34 @@ def run(
         w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
     )
     launch(
-        _kernel(layer, choice), multiprocessors(device), 128 * (choice.groups + 1),
+        _kernel(layer, choice, gather), multiprocessors(device), 128 * (choice.groups + 1),
         [turns_of_eight, _rows(w2.view(-1, i), 64), _rows(ordered.operand, 32),
          _rows(ordered.operand, 8), _rows(hidden, 32), _rows(hidden, 8), w13_scale, w2_scale,
-         ordered.scale, ordered.tiles, counters, hidden, hidden_scale, partial,
-         activation.limit or 0.0, activation.alpha, activation.beta, ordered.stride, h, i,
-         positions, w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1],
-         w2_scale.shape[2]],
+         ordered.operand, ordered.scale, ordered.tiles,
+         ordered.position if ordered.token_of is None else ordered.token_of, counters, hidden,
+         hidden_scale, partial, activation.limit or 0.0, activation.alpha, activation.beta,
+         ordered.stride, h, i, len(x), positions, w13_scale.shape[1] // 2, w13_scale.shape[2],
+         w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
     return combine(layer, ordered, partial)
 
 
-def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
+def gathers(layer: LayerConfig, slots: int) -> bool:
+    """Whether tokens are fetched from where they are, and not copied to all their positions first.
+
+    Measured on an H200: from two slots a token on this rank on, and not with few slots.
+    """
+    return slots > AT_ONCE and layer.top_k * layer.num_local_experts >= 2 * layer.num_experts
+
+
+def _kernel(layer: LayerConfig, choice: Flow, gather: bool = False) -> Kernel:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     constants = {
         "WARP_GROUPS": choice.groups,
         "BLOCKS": choice.blocks,
         "MOST": choice.tokens,
+        "GATHER": int(gather),
         "STAGES": choice.stages,
         "EXPERTS": layer.num_local_experts,
         "ACTIVATION": ACTIVATIONS[layer.activation.kind],

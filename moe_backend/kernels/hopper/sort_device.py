@@ -56,8 +56,8 @@ def _take_down(flags, num_flags, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["chunks", "num_flags"])
 def place_kernel(
     counts, base, tiles, flags, num_local, chunks, num_flags,
-    CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-    PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`base[chunk, e]`: position of a chunk's first slot of expert e, for COLUMNS of the experts.
 
@@ -73,9 +73,9 @@ def place_kernel(
     own = tl.program_id(0)
     position = 0
     tile = 0
-    for b in range(own):
+    for b in tl.static_range(PROGRAMS - 1):  # unrolled, so that all are on their way at once
         e = b * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (chunk < chunks) & (e < num_local)[None, :]
+        inside = (chunk < chunks) & (e < tl.where(b < own, num_local, 0))[None, :]
         total = tl.sum(tl.load(counts + chunk * BINS + e[None, :], mask=inside, other=0), 0)
         position += tl.sum((total + 3) // 4 * 4, 0)
         tile += tl.sum((total + TOKENS - 1) // TOKENS, 0)
@@ -110,16 +110,18 @@ def _coded(value, DTYPE: tl.constexpr, QUANTISED: tl.constexpr, GROUPS: tl.const
     return code, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def permute_kernel(
-    x, topk_weights, local, rank, base, position, operand, operand_scale, H, width, scale_stride,
-    QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    x, topk_weights, local, rank, base, position, token_of, operand, operand_scale, H, width,
+    scale_stride, IN_PLACE: tl.constexpr, QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
+    TOP_K: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Each token to the positions of its slots, which are -1 for dropped ones.
 
-    QUANTISED per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up
-    to `width` columns.
+    IN_PLACE tokens stay in their order, and `token_of` gets the token of each position. QUANTISED
+    per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up to `width`
+    columns.
     """
     token = tl.program_id(0).to(tl.int64)
     # Known since before the launch before this one; tokens without a local expert are not read.
@@ -137,17 +139,25 @@ def permute_kernel(
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
     code, scale = _coded(value, operand.dtype.element_ty, QUANTISED, GROUPS)
+    groups = tl.cdiv(H, 128)
+    if IN_PLACE:
+        # Early: what used this memory before the layer had ended before the first launch began.
+        end = tl.where(most >= 0, width, 0)
+        tl.store(operand + token * width + column, code, mask=column < end)
+        if QUANTISED:
+            tl.store(operand_scale + group * scale_stride + token, scale, mask=group < groups)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
         expert = experts[k]
         first = tl.load(base + slot // CHUNK * BINS + expert, mask=expert >= 0, other=0)
         p = tl.where(expert >= 0, first + ranks[k], -1)
         tl.store(position + slot, p)
-        if p >= 0:
+        if IN_PLACE:
+            tl.store(token_of + p, token.to(tl.int32), mask=p >= 0)
+        elif p >= 0:
             tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
             if QUANTISED:
                 tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)

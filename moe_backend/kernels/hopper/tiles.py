@@ -212,7 +212,7 @@ ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (45, 64))
 FLOW_LONG = 1.0
-FLOW_NARROW = 192
+FLOW_NARROW = 256
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
@@ -258,9 +258,12 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
     if tile > 64 and not narrow:
         return None  # tokens first
-    # Long items, but not where there are few experts to work on.
-    groups = 3 if slots >= FLOW_LONG and tile <= 64 else 2
-    choice = flow(layer, tile, groups, 2)
+    if tile <= 64:  # long items, but not where there are few experts to work on
+        choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)
+    else:  # items of 96 or 128 hidden columns, whichever the shard fills better
+        parts = cdiv(layer.intermediate_size, 32)
+        shape = (3, 1) if cdiv(parts, 3) * 3 < cdiv(parts, 4) * 4 else (2, 2)
+        choice = flow(layer, tile, *shape)
     return choice if all(holds for holds, _ in flow_needs(layer, choice)) else None
 
 
@@ -379,7 +382,7 @@ def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     stage = parts * 8192 + tokens * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 64
     turned = min(tokens, 32 if parts <= 4 else 16)
     staging = max(parts * turned * 128, tokens * max(group + 16, 16 * choice.groups))
-    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + 4 * tokens + 128
+    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + 16 * tokens + 128
 
 
 def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:

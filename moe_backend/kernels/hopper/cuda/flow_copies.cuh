@@ -34,15 +34,67 @@ DEVICE void copy_weight_scales(const Layer& layer, const Item& item, float* to, 
     }
 }
 
-// A step's weights with their scales; of the step's barrier all but the tokens' copies.
+// A step of an item's tokens for the first GEMM, from wherever they are; as the accelerator would write them,
+// so that row r has its pieces of 16 bytes in the order of their number xor r. A warp's eight lanes take four
+// rows, the warps in turn.
+DEVICE void gather_step(const Layer& layer, Shared& shared, int columns, const int* tokens, int stage, int k0,
+                        int warp, int lane) {
+    const int piece = lane % 8, quad = 16 * warp + lane / 8 * 4;
+    const bool there = k0 + 16 * piece < layer.H;
+    const u8* from = layer.tokens + (there ? k0 + 16 * piece : 0);
+    u8* to = shared.matrices[stage] + PARTS * PART_BYTES + quad * STEP;
+    const int swapped = piece ^ (quad & 4);
+#pragma unroll 2
+    for (int first = 0; first + quad < columns; first += 16 * GATHERERS) {
+        const int4 token = *reinterpret_cast<const int4*>(tokens + first + quad);
+        const int rows[4] = {token.x, token.y, token.z, token.w};
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const u8* codes = from + static_cast<long long>(rows[r]) * layer.H;
+            copy_sixteen(to + (first + r) * STEP + (swapped ^ r) * 16, codes, there);
+        }
+    }
+    const float* scales = layer.token_scale + static_cast<long long>(k0 / STEP) * layer.num_tokens;
+    for (int row = 32 * warp + lane; row < columns; row += 32 * GATHERERS) {
+        copy_float(shared.token_scales[stage][0] + row, scales + tokens[row]);
+    }
+}
+
+// A warp that brings tokens for the first GEMM.
+DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
+    const int lane = threadIdx.x % 32;
+    Ring ring;
+    for (int n = 0;; n++) {
+        barrier_wait(&shared.queued[n % QUEUE], n / QUEUE & 1);
+        const Item item = shared.queue[n % QUEUE];
+        __syncwarp();
+        if (item.parts == 0) return;
+        const int steps = layer.steps(item.gated);
+        if (!item.gated) {
+            if (lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
+            ring.advance(steps);
+            continue;
+        }
+        for (int step = 0; step < steps; step++, ring.advance()) {
+            if (step == max(steps - 2, 0) && lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
+            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            const int* tokens = shared.tokens[n % (QUEUE + 1)];
+            gather_step(layer, shared, item.columns(), tokens, ring.stage, step * STEP, warp, lane);
+            arrive_with_copies(&shared.full[ring.stage]);
+        }
+    }
+}
+
+// A step's weights with their scales; of the step's barrier all but the copies of what they are multiplied with.
 template <bool GATED>
 DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
     const int lane = threadIdx.x % 32;
     u64* full = &shared.full[stage];
     if (lane == 0) {
-        const int rows = GATED ? 1 : 1 + last_group(layer, k0) - first_group(k0);
-        const int bytes = item.parts * PART_BYTES + item.columns() * STEP;
-        barrier_expect(full, bytes + rows * scale_bytes(layer, item));
+        const int groups = GATED ? 1 : 1 + last_group(layer, k0) - first_group(k0);
+        const int bytes = GATED && GATHER ? 0 : item.columns() * STEP + groups * scale_bytes(layer, item);
+        barrier_expect(full, item.parts * PART_BYTES + bytes);
+        if (!GATED && GATHER) barrier_arrive(full, 32 * GATHERERS);
         u8* to = shared.matrices[stage];
 #pragma unroll
         for (int part = 0; part < PARTS; part++, to += PART_BYTES) {
@@ -56,9 +108,9 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
     arrive_with_copies(full);
 }
 
-// A step's tokens and their scales, by one thread.
+// A step's tokens, sorted, or hidden columns, and their scales, by one thread.
 template <bool GATED>
-DEVICE void copy_tokens(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
+DEVICE void copy_rows(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
     u64* full = &shared.full[stage];
     u8* to = shared.matrices[stage] + PARTS * PART_BYTES;
     const TensorMap* map32 = GATED ? layer.tokens32 : layer.hidden32;
@@ -79,8 +131,8 @@ DEVICE void copy_tokens(const Layer& layer, Shared& shared, const Item& item, in
     }
 }
 
-// All steps of an item, the nth of the queue. Tokens fall behind the weights, up to the whole ring, while
-// they are not ready.
+// All steps of an item, the nth of the queue. Hidden columns fall behind the weights, up to the whole ring,
+// while they are not ready.
 template <bool GATED>
 DEVICE void copy_item(const Layer& layer, Shared& shared, const Item& item, int n, Ring& ring) {
     const int lane = threadIdx.x % 32;
@@ -100,8 +152,9 @@ DEVICE void copy_item(const Layer& layer, Shared& shared, const Item& item, int 
             ready = hidden_ready(layer, shared, item.hit, must);
             if (ready) fence_async_global();
         }
+        if (GATED && GATHER) continue;
         for (; ready && done <= k0; done += STEP, behind.advance()) {
-            if (lane == 0) copy_tokens<GATED>(layer, shared, item, behind.stage, done);
+            if (lane == 0) copy_rows<GATED>(layer, shared, item, behind.stage, done);
         }
     }
 }
@@ -120,7 +173,7 @@ DEVICE void copy(const Layer& layer, Shared& shared) {
     barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
     if (lane == 0) {
         shared.items[ring.stage].parts = 0;
-        barrier_arrive(&shared.full[ring.stage]);
+        barrier_arrive(&shared.full[ring.stage], 1 + 32 * GATHERERS);
     }
     arrive_with_copies(&shared.full[ring.stage]);
 }

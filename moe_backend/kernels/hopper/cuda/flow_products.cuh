@@ -27,36 +27,85 @@ DEVICE void add_scaled(float (&sums)[N / 2], const float (&products)[N / 2], flo
     }
 }
 
-// A part's products of one step.
+// Products of SUBS sub-steps, which one scale follows. Between issue and wait there is no branch, for which the
+// compiler would let MMAs wait for each other.
+template <int N, int SUB, int SUBS>
+DEVICE void multiply(float (&products)[N / 2], u64 weights, u64 tokens, int column) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < SUB * SUBS; k += 32) {
+        wgmma_fp8<N>(products, columns_on(weights, column + k), columns_on(tokens, column + k), k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_touch(products);
+}
+
+// A part's products of one step, all sub-steps' at once.
+template <int N, bool GATED>
+DEVICE void add_step_at_once(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
+                             const float* token_scales, int k0, int depth) {
+    constexpr int SUB = GATED ? SUB13 : SUB2, MANY = STEP / SUB;
+    float products[MANY][N / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < MANY; n++) {
+#pragma unroll
+        for (int k = 0; k < SUB; k += 32) {
+            wgmma_fp8<N>(products[n], columns_on(weights, n * SUB + k), columns_on(tokens, n * SUB + k), k > 0);
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < MANY; n++) {
+        wgmma_touch(products[n]);
+        // Columns past the last are zeros, and so have no scale of their own.
+        const int group = GATED ? 0 : min(k0 + n * SUB, depth - 1) / GROUP - k0 / GROUP;
+        add_scaled<N>(sums, products[n], weight_scales[GATED ? 2 * n : n], weight_scales[GATED ? 2 * n + 1 : n],
+                      token_scales + group * MOST);
+    }
+    wgmma_touch(sums);  // before the next products overwrite these
+}
+
+// A part's products of one step, whose columns begin with k0. Sub-steps that follow each other with the same
+// scales are summed before they are scaled: in a shard off the block grid most have the scale of their
+// neighbour, whose block they are in.
 template <int N, bool GATED>
 DEVICE void add_step(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
                      const float* token_scales, int k0, int depth) {
-    constexpr int SUB = GATED ? SUB13 : SUB2;
-    constexpr int TOGETHER = least(STEP / SUB, N / 2 * 4 <= PRODUCTS ? 4 : N / 2 * 2 <= PRODUCTS ? 2 : 1);
+    constexpr int SUB = GATED ? SUB13 : SUB2, MANY = STEP / SUB;
+    if constexpr (MANY > 1 && MANY * N <= AT_ONCE) {
+        add_step_at_once<N, GATED>(sums, weights, tokens, weight_scales, token_scales, k0, depth);
+        return;
+    }
+    const int subs = min(MANY, ceil_div(depth - k0, SUB));
+#pragma unroll 1
+    for (int sub = 0; sub < (MANY == 1 ? 1 : subs);) {
+        const float scale = weight_scales[GATED ? 2 * sub : sub];
+        const float scale8 = weight_scales[GATED ? 2 * sub + 1 : sub];
+        const int group = GATED ? 0 : (k0 + sub * SUB) / GROUP - k0 / GROUP;
+        int run = 1;
+        if (MANY > 1) {
+            bool same = true;
 #pragma unroll
-    for (int first = 0; first < STEP / SUB; first += TOGETHER) {
-        if (first > 0 && k0 + first * SUB >= depth) break;
-        float products[TOGETHER][N / 2];
-        wgmma_fence();
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++) {
-#pragma unroll
-            for (int k = 0; k < SUB; k += 32) {
-                const int column = (first + n) * SUB + k;
-                wgmma_fp8<N>(products[n], columns_on(weights, column), columns_on(tokens, column), k > 0);
+            for (int n = 1; n < MANY; n++) {
+                const int other = sub + n;
+                same = same && other < subs && weight_scales[GATED ? 2 * other : other] == scale;
+                if (GATED) same = same && weight_scales[2 * other + 1] == scale8;
+                else same = same && (k0 + other * SUB) / GROUP - k0 / GROUP == group;
+                run += same;
             }
+            run = __shfl_sync(ALL, run, 0);  // as it is, which the compiler is to know
         }
-        wgmma_commit();
-        wgmma_wait<0>();
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++) {
-            wgmma_touch(products[n]);
-            const int nth = first + n;
-            // Columns past the last are zeros, and so have no scale of their own.
-            const int group = GATED ? 0 : min(k0 + nth * SUB, depth - 1) / GROUP - k0 / GROUP;
-            add_scaled<N>(sums, products[n], weight_scales[GATED ? 2 * nth : nth],
-                          weight_scales[GATED ? 2 * nth + 1 : nth], token_scales + group * MOST);
-        }
+        float products[N / 2];
+        const int column = sub * SUB;
+        if (run == 1) multiply<N, SUB, 1>(products, weights, tokens, column);
+        else if (run == 2) multiply<N, SUB, least(2, MANY)>(products, weights, tokens, column);
+        else if (run == 3) multiply<N, SUB, least(3, MANY)>(products, weights, tokens, column);
+        else multiply<N, SUB, MANY>(products, weights, tokens, column);
+        add_scaled<N>(sums, products, scale, scale8, token_scales + group * MOST);
         wgmma_touch(sums);  // before the next products overwrite these
+        sub += run;
     }
 }

@@ -29,6 +29,7 @@ struct Shared {
     float weight_scales[STAGES][PARTS * PART_SCALES];
     Item items[STAGES];
     Item queue[QUEUE];
+    int tokens[QUEUE + 1][GATHER ? MOST : 4];  // of items of the first GEMM; one may still be copied
     Hit hits[EXPERTS + 1];
     float codes_per_unit[MOST];
     int warp_totals[THREADS / 32];
@@ -40,15 +41,17 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
 struct Layer {
     const TensorMap *w13, *w2;
     const TensorMap *tokens32, *tokens8, *hidden32, *hidden8;  // boxes of 32 and of 8 positions
-    const float *w13_scale, *w2_scale, *token_scale;
-    const int* list;
+    const float *w13_scale, *w2_scale;
+    const u8* tokens;
+    const float* token_scale;
+    const int *list, *token_of;
     int stride;
     int *ticket, *ready;
     u8* hidden;
     float* hidden_scale;
     u16* partial;
     float limit, alpha, beta;
-    int H, I, positions;
+    int H, I, num_tokens, positions;
     int scale_rows13, scale_columns13, scale_rows2, scale_columns2;
 
     DEVICE int blocks13() const { return ceil_div(I, GROUP); }
@@ -67,5 +70,8 @@ struct Ring {
             stage = 0;
             phase ^= 1;
         }
+    }
+    DEVICE void advance(int steps) {
+        for (int i = 0; i < steps; i++) advance();
     }
 };
