@@ -38,7 +38,6 @@ class Case:
     w13_block: tuple[int, int]
     w2_block: tuple[int, int]
     kind: int = 1
-    stride: int = 3
     grid: int = 3
     gather: bool = False
 
@@ -96,10 +95,10 @@ class Layer:
         entries, first = [], 0
         for expert, count in enumerate(case.tokens):
             if count:
-                entries += [expert, first, first + count, *[-7] * (case.stride - 3)]
+                entries += [expert, first, first + count]
             first += cdiv(count, 4) * 4
         self.positions = first
-        self.hits = len(entries) // case.stride
+        self.hits = len(entries) // 3
         self.list = torch.tensor([self.hits, *entries], dtype=torch.int32)
         # Two slots of a token, in any order; one token in between has none.
         self.token_of = torch.full((first,), 1 << 30, dtype=torch.int32)
@@ -123,7 +122,7 @@ class Layer:
         self.activation = Activation.from_name(KINDS[case.kind], limit=7.0 if case.kind else None)
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        return [(row[0], row[1], row[2]) for row in self.list[1:].view(self.hits, -1).tolist()]
+        return [(row[0], row[1], row[2]) for row in self.list[1:].view(-1, 3).tolist()]
 
     def run(
         self, seed: int, resident: int | None = None
@@ -151,7 +150,7 @@ class Layer:
             case.shared_bytes,
             [*maps, self.w13_scale, self.w2_scale, self.operand, self.operand_scale,
              self.list, self.token_of, counters, hidden, hidden_scale, partial, *self.constants,
-             case.stride, h, i, len(self.tokens), p, *scales13, *scales2],
+             h, i, len(self.tokens), p, *scales13, *scales2],
             seed, resident=resident,
             sources_may_change=True,  # boxes reach into the next expert's rows
         )  # fmt: skip
@@ -196,7 +195,7 @@ CASES = {
     "one token": Case(2, 1, 16, 3, (0, 1, 0), 128, 96, (32, 128), (128, 32)),
     "narrow shard": Case(2, 1, 16, 3, (5, 0, 1, 40, 0, 9), 192, 160, (32, 128), (128, 32)),
     "gathered": Case(2, 1, 16, 3, (5, 0, 1, 40, 9), 192, 160, (32, 128), (128, 32), gather=True),
-    "odd parts": Case(2, 2, 32, 3, (33, 7, 0, 64, 1, 18), 320, 160, (32, 128), (128, 32), 1, 4),
+    "odd parts": Case(2, 2, 32, 3, (33, 7, 0, 64, 1, 18), 320, 160, (32, 128), (128, 32)),
     "scale per 64": Case(4, 1, 32, 4, (12, 0, 45, 3), 256, 96, (128, 64), (64, 64), kind=3),
     "unsplit": Case(2, 2, 32, 2, (30, 71, 0, 2), 256, 320, (128, 128), (128, 128), kind=2),
     "six parts": Case(3, 2, 32, 2, (0, 28, 37, 16), 448, 224, (32, 128), (128, 32)),

@@ -103,6 +103,19 @@ inline u32 __ballot_sync(u32 mask, int vote) {
     return mine;
 }
 
+inline u32 __match_any_sync(u32 mask, int value) {
+    struct Lane {
+        int value;
+        u32 result;
+    } mine = {value, 0};
+    host::meet_warp("__match_any_sync", mask, mine, [](Lane** lanes) {
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; lanes[i] && j < 32; j++)
+                if (lanes[j] && lanes[j]->value == lanes[i]->value) lanes[i]->result |= 1u << j;
+    });
+    return mine.result;
+}
+
 inline uint4 load_written(const uint4* p) { return *p; }
 inline void prefetch(const void*) {}
 

@@ -311,6 +311,10 @@ inline void wait_until_at_least(const int* p, int value) {
     host::machine->pollers.push_back(host::machine->current);
     host::wait_for(host::describe_poll, p, value);
 }
+inline void add_shared(int* p, int value) {
+    host::maybe_yield(8);
+    *p += value;
+}
 inline int add_relaxed(int* p, int value) {
     host::maybe_yield();
     int before = *p;

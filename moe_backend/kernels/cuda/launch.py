@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,33 +38,54 @@ class Kernel(NamedTuple):
     shared: int
 
 
-@dataclass(frozen=True)
-class TensorMap:
-    """A tensor of bytes as the tensor memory accelerator sees it, swizzled by 128 bytes.
+class Memory(NamedTuple):
+    """Device memory that `carve` gave, by its address."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class TensorMap(NamedTuple):
+    """A matrix of bytes as the tensor memory accelerator sees it, swizzled by 128 bytes.
 
     Attributes:
+        memory: where it begins.
         shape, strides: in bytes, the fastest dimension first; strides without the first one,
             multiples of 16.
         box: of one copy, its first dimension 128 bytes.
     """
 
-    tensor: torch.Tensor
+    memory: torch.Tensor | Memory
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
 
 
-Argument = torch.Tensor | TensorMap | int | float
+Argument = torch.Tensor | Memory | TensorMap | int | float
 _loaded: dict[Kernel, Any] = {}
-_ready: set[tuple[Kernel, int]] = set()  # on which GPU
 _thread = threading.local()
+
+
+def carve(device: torch.device, *sizes: int) -> tuple[torch.Tensor, list[Memory]]:
+    """Memory for several arrays of so many bytes, each from a multiple of 256 on.
+
+    Returns:
+        the tensor that holds it, to be kept until the last launch that uses it; and the arrays.
+    """
+    ends = list(accumulate((size + 255) // 256 * 256 for size in sizes))
+    whole = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+    base = whole.data_ptr()
+    return whole, [Memory(base + start) for start in (0, *ends[:-1])]
 
 
 def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]) -> None:
     """Run a kernel, compiled and loaded at its first launch.
 
     Args:
-        arguments: tensors go as addresses, ints as int32, floats as fp32, maps as 128 bytes.
+        arguments: tensors and memory go as addresses, ints as int32, floats as fp32, maps as 128
+            bytes; the same kinds in every launch of a kernel.
     """
     instead = getattr(_thread, "instead", None)
     if instead is not None:
@@ -114,29 +136,53 @@ def _handle(kernel: Kernel, code: bytes) -> Any:
     return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()), doing)
 
 
-def _start(
-    handle: Any, kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]
-) -> None:
-    from cuda.bindings import driver
+class _Prepared:
+    """A thread's launches of a kernel on a GPU: what stays the same, and where arguments go."""
 
-    index = torch.cuda.current_device()
-    if (kernel, index) not in _ready:
+    def __init__(
+        self, handle: Any, kernel: Kernel, index: int, arguments: Sequence[Argument]
+    ) -> None:
+        from cuda.bindings import driver
+
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = _checked(driver.cuDeviceGet(index))
         _checked(driver.cuKernelSetAttribute(most, kernel.shared, handle, device))
-        _ready.add((kernel, index))
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = kernel.shared
-    config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-    config.attrs = [_overlapped()]
-    config.numAttrs = 1
-    values = [_packed(argument) for argument in arguments]
-    addresses = [ctypes.addressof(value) for value in values]
-    pointers = (ctypes.c_void_p * len(values))(*addresses)
-    started = driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0)
-    _checked(started, f"launching {kernel.name} on cuda:{index}")
+        self.handle = handle
+        self.config = driver.CUlaunchConfig()
+        self.config.gridDimY = self.config.gridDimZ = 1
+        self.config.blockDimY = self.config.blockDimZ = 1
+        self.config.sharedMemBytes = kernel.shared
+        self.config.attrs = [_overlapped()]
+        self.config.numAttrs = 1
+        # Each argument from a multiple of 8 bytes on.
+        self.format = struct.Struct("=" + "".join(_layout(argument) for argument in arguments))
+        self.buffer = ctypes.create_string_buffer(self.format.size)
+        sizes = [struct.calcsize("=" + _layout(argument)) for argument in arguments]
+        starts = accumulate(sizes[:-1], initial=ctypes.addressof(self.buffer))
+        self.pointers = (ctypes.c_void_p * len(sizes))(*starts)
+
+    def start(self, grid: int, threads: int, arguments: Sequence[Argument], stream: int) -> Any:
+        """The driver's answer."""
+        from cuda.bindings import driver
+
+        self.format.pack_into(self.buffer, 0, *[_packed(argument) for argument in arguments])
+        self.config.gridDimX, self.config.blockDimX = grid, threads
+        self.config.hStream = driver.CUstream(stream)
+        pointers = ctypes.addressof(self.pointers)
+        return driver.cuLaunchKernelEx(self.config, self.handle, pointers, 0)
+
+
+def _start(
+    handle: Any, kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]
+) -> None:
+    index = torch.cuda.current_device()
+    prepared: dict[tuple[Kernel, int], _Prepared] = _thread.__dict__.setdefault("prepared", {})
+    one = prepared.get((kernel, index))
+    if one is None:
+        one = prepared[kernel, index] = _Prepared(handle, kernel, index, arguments)
+    started = one.start(grid, threads, arguments, torch.cuda.current_stream(index).cuda_stream)
+    if started[0]:
+        _checked(started, f"launching {kernel.name} on cuda:{index}")
 
 
 @cache
@@ -149,21 +195,27 @@ def _overlapped() -> Any:
     return attribute
 
 
-def _packed(argument: Argument) -> Any:
+def _layout(argument: Argument) -> str:
+    """How `struct` is to pack what `_packed` makes of it."""
     if isinstance(argument, TensorMap):
-        tensor = argument.tensor
-        return _encoded(tensor.data_ptr(), argument.shape, argument.strides, argument.box)
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_uint64(argument.data_ptr())
+        return "128s"
     if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_int32(argument)
+        return "f4x"
+    return "i4x" if isinstance(argument, int) else "Q"
+
+
+def _packed(argument: Argument) -> bytes | int | float:
+    if isinstance(argument, int | float):
+        return argument
+    if isinstance(argument, TensorMap):
+        return _encoded(argument.memory.data_ptr(), *argument[1:])
+    return argument.data_ptr()
 
 
 @lru_cache(maxsize=MAPS_KEPT)
 def _encoded(
     address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
-) -> Any:
+) -> bytes:
     from cuda.bindings import driver
 
     made = _checked(
@@ -181,7 +233,7 @@ def _encoded(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-    return (ctypes.c_uint64 * 16)(*(int(word) for word in made.opaque))
+    return struct.pack("=16Q", *(int(word) for word in made.opaque))
 
 
 def _checked(result: tuple[Any, ...], doing: str = "preparing a launch") -> Any:

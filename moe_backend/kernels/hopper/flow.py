@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda.launch import Kernel, TensorMap, launch
-from moe_backend.kernels.hopper.sorted_tokens import (
-    combine,
-    sort,
-    sort_at_once,
-    sorted_positions,
-)
+from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch
+from moe_backend.kernels.hopper.route import Routed, combine, route
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
 SOURCE = Path(__file__).parent / "cuda" / "flow.cu"
-AT_ONCE = 4096  # slots up to which one launch sorts them
-WHOLE = 1 << 30  # tokens of a "tile" in the list of tiles: experts are listed whole
+WHOLE = 1 << 30  # tokens of a "tile" of the routing: experts are listed whole
+GATHERED = 4096  # slots from which on tokens may be gathered
 
 
 def run(
@@ -34,42 +30,46 @@ def run(
     choice: Flow,
 ) -> torch.Tensor:
     """The experts of one layer; arguments as in `registry.Kernel.apply`."""
-    check(layer, choice)
-    slots = topk_ids.numel()
+    tokens, slots = len(x), topk_ids.numel()
     if slots == 0:
         return torch.empty_like(x)
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
-    device = w13.device
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    # The next item, and for each expert that is hit how much of its hidden columns is done.
-    counters = empty(1 + e, dtype=torch.int32)
+    sms = multiprocessors(w13.device)
+    x, ids = x.contiguous(), topk_ids.contiguous()
+    weights = topk_weights.float().contiguous()
     gather = gathers(layer, slots)
-    given = layer, x, topk_weights, topk_ids, expert_map, WHOLE, counters
-    ordered = sort_at_once(*given) if slots <= AT_ONCE else sort(*given, in_place=gather)
-    positions = sorted_positions(layer, slots)
-    hidden = empty(positions, i, dtype=w13.dtype)
+    kernel = _kernel(layer, choice, gather)
+    # Every expert's positions begin with a multiple of 4.
+    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
+    rows = tokens if gather else positions
     groups = cdiv(i, 32 * choice.groups * choice.blocks)
-    hidden_scale = empty(groups, positions, dtype=torch.float32)
-    partial = empty(positions, h, dtype=layer.torch_dtype)
+    counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
+    whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (
+        carve(
+            w13.device, rows * h, 4 * cdiv(h, 128) * rows, 4 * slots, 4 * positions,
+            4 * (1 + 3 * e), 4 * counters, positions * i, 4 * groups * positions, 2 * positions * h,
+        )
+    )  # fmt: skip
+    out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
+    to = Routed(operand, scale, position, token_of, experts, counts)
+    route(layer, x, weights, ids, expert_map, to, counters, rows, WHOLE, gather, sms)
     activation = layer.activation
     turns_of_eight = TensorMap(
         w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
     )
     launch(
-        _kernel(layer, choice, gather), multiprocessors(device), 128 * (choice.groups + 1),
-        [turns_of_eight, _rows(w2.view(-1, i), 64), _rows(ordered.operand, 32),
-         _rows(ordered.operand, 8), _rows(hidden, 32), _rows(hidden, 8), w13_scale, w2_scale,
-         ordered.operand, ordered.scale, ordered.tiles,
-         ordered.position if ordered.token_of is None else ordered.token_of, counters, hidden,
-         hidden_scale, partial, activation.limit or 0.0, activation.alpha, activation.beta,
-         ordered.stride, h, i, len(x), positions, w13_scale.shape[1] // 2, w13_scale.shape[2],
+        kernel, sms, 128 * (choice.groups + 1),
+        [turns_of_eight, _rows(w2, e * h, i, 64), _rows(operand, rows, h, 32),
+         _rows(operand, rows, h, 8), _rows(hidden, positions, i, 32),
+         _rows(hidden, positions, i, 8), w13_scale, w2_scale, operand, scale, experts, token_of,
+         counts, hidden, hidden_scale, partial, activation.limit or 0.0, activation.alpha,
+         activation.beta, h, i, tokens, positions, w13_scale.shape[1] // 2, w13_scale.shape[2],
          w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
-    return combine(layer, ordered, partial)
+    combine(layer, partial, position, weights, out)
+    del whole  # what is allocated next on this stream comes after these launches
+    return out
 
 
 def gathers(layer: LayerConfig, slots: int) -> bool:
@@ -77,10 +77,12 @@ def gathers(layer: LayerConfig, slots: int) -> bool:
 
     Measured on an H200: from two slots a token on this rank on, and not with few slots.
     """
-    return slots > AT_ONCE and layer.top_k * layer.num_local_experts >= 2 * layer.num_experts
+    return slots > GATHERED and layer.top_k * layer.num_local_experts >= 2 * layer.num_experts
 
 
+@lru_cache
 def _kernel(layer: LayerConfig, choice: Flow, gather: bool = False) -> Kernel:
+    check(layer, choice)
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     constants = {
@@ -97,10 +99,9 @@ def _kernel(layer: LayerConfig, choice: Flow, gather: bool = False) -> Kernel:
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 
 
-def _rows(matrix: torch.Tensor, rows: int) -> TensorMap:
-    """Boxes of so many rows and 128 bytes."""
-    width = matrix.shape[1]
-    return TensorMap(matrix, (width, len(matrix)), (width,), (128, rows))
+def _rows(matrix: torch.Tensor | Memory, rows: int, width: int, box: int) -> TensorMap:
+    """Of e4m3 rows, boxes of `box` rows and 128 columns."""
+    return TensorMap(matrix, (width, rows), (width,), (128, box))
 
 
 def check(layer: LayerConfig, choice: Flow) -> None:

@@ -53,22 +53,19 @@ def _take_down(flags, num_flags, BLOCK: tl.constexpr):
         tl.store(flags + flag, tl.zeros((BLOCK,), tl.int32), mask=flag < num_flags)
 
 
-@triton.jit(do_not_specialize=["chunks", "num_flags"])
+@triton.jit(do_not_specialize=["chunks"])
 def place_kernel(
-    counts, base, tiles, flags, num_local, chunks, num_flags,
+    counts, base, tiles, num_local, chunks,
     CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
     TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`base[chunk, e]`: position of a chunk's first slot of expert e, for COLUMNS of the experts.
 
-    `tiles` gets the number of tiles, then expert, first position and end position of each; the
-    flags are taken down.
+    `tiles` gets the number of tiles, then expert, first position and end position of each.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if tl.program_id(0) == 0:
-        _take_down(flags, num_flags, 256)
     chunk = tl.arange(0, CHUNKS)[:, None]
     own = tl.program_id(0)
     position = 0
@@ -110,18 +107,16 @@ def _coded(value, DTYPE: tl.constexpr, QUANTISED: tl.constexpr, GROUPS: tl.const
     return code, scale
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@triton.jit
 def permute_kernel(
-    x, topk_weights, local, rank, base, position, token_of, operand, operand_scale, H, width,
-    scale_stride, IN_PLACE: tl.constexpr, QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
-    TOP_K: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
+    x, topk_weights, local, rank, base, position, operand, operand_scale, H, width, scale_stride,
+    QUANTISED: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, TOP_K: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each token to the positions of its slots, which are -1 for dropped ones.
 
-    IN_PLACE tokens stay in their order, and `token_of` gets the token of each position. QUANTISED
-    per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up to `width`
-    columns.
+    QUANTISED per 128 columns, or as it is in the order of `device._nvfp4_position`, with zeros up
+    to `width` columns.
     """
     token = tl.program_id(0).to(tl.int64)
     # Known since before the launch before this one; tokens without a local expert are not read.
@@ -139,25 +134,17 @@ def permute_kernel(
     if WEIGHT_ON_INPUT:
         value *= tl.load(topk_weights + token)
     code, scale = _coded(value, operand.dtype.element_ty, QUANTISED, GROUPS)
-    groups = tl.cdiv(H, 128)
-    if IN_PLACE:
-        # Early: what used this memory before the layer had ended before the first launch began.
-        end = tl.where(most >= 0, width, 0)
-        tl.store(operand + token * width + column, code, mask=column < end)
-        if QUANTISED:
-            tl.store(operand_scale + group * scale_stride + token, scale, mask=group < groups)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    groups = tl.cdiv(H, 128)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
         expert = experts[k]
         first = tl.load(base + slot // CHUNK * BINS + expert, mask=expert >= 0, other=0)
         p = tl.where(expert >= 0, first + ranks[k], -1)
         tl.store(position + slot, p)
-        if IN_PLACE:
-            tl.store(token_of + p, token.to(tl.int32), mask=p >= 0)
-        elif p >= 0:
+        if p >= 0:
             tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
             if QUANTISED:
                 tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)

@@ -9,9 +9,14 @@ import torch
 
 from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
+from moe_backend.kernels.cuda import build
+from moe_backend.kernels.hopper import route as routing
+from moe_backend.kernels.hopper.route import Routed, route
+from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.registry import LayerConfig
 
 TILE_TOKENS = 128
+ROUTED_SLOTS = 1 << 16  # up to which one launch in CUDA C++ routes FP8 layers
 CHUNK = 512  # slots that one program of the routing sorts
 CHUNK_AT_ONCE = 256  # slots that each program looks at together where one launch does it all
 # Not for the first launch: it reads the routing at once, so it must wait for what came before it,
@@ -24,15 +29,13 @@ class SortedTokens:
     """Slots by expert, every expert from a position that is a multiple of 4 on.
 
     Attributes:
-        operand: `[positions, columns]`, or with `in_place` `[tokens, columns]`; e4m3 for FP8, else
-            bf16 in the order of `device._nvfp4_position` and with zeros up to a multiple of 256
-            columns.
-        scale: `[columns / 128, positions]`, or `[columns / 128, tokens]`, fp32 of an e4m3 operand.
+        operand: `[positions, columns]`; e4m3 for FP8, else bf16 in the order of
+            `device._nvfp4_position` and with zeros up to a multiple of 256 columns.
+        scale: `[columns / 128, positions]` fp32 of an e4m3 operand.
         position: `[slots]` int32, -1 for dropped ones.
         tiles: int32, how many and of each `stride` numbers: expert, first position, end position
             of the expert, and of four which of its expert's tiles came first of all.
         weights: `[tokens, top_k]` fp32 routing weights.
-        token_of: with `in_place`: `[positions]` int32, undefined where no slot is.
     """
 
     operand: torch.Tensor
@@ -41,12 +44,6 @@ class SortedTokens:
     tiles: torch.Tensor
     weights: torch.Tensor
     stride: int = 3
-    token_of: torch.Tensor | None = None
-
-
-def sorted_positions(layer: LayerConfig, slots: int) -> int:
-    """Room for all slots wherever they go, every expert's from a multiple of 4 on."""
-    return cdiv(slots + 3 * min(layer.num_local_experts, slots), 4) * 4
 
 
 def sort(
@@ -55,17 +52,8 @@ def sort(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
-    tile_tokens: int = TILE_TOKENS,
-    flags: torch.Tensor | None = None,
-    in_place: bool = False,
 ) -> SortedTokens:
-    """Tokens as the first GEMM wants them; arguments as in `registry.Kernel.apply`.
-
-    Args:
-        tile_tokens: tokens of a tile at most.
-        flags: int32, zeros afterwards.
-        in_place: leave tokens in their order, once each.
-    """
+    """Tokens as the first GEMM wants them; arguments as in `registry.Kernel.apply`."""
     import triton
 
     from moe_backend.kernels.hopper import sort_device
@@ -77,39 +65,41 @@ def sort(
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    positions = sorted_positions(layer, slots)
+    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
+    width = h if fp8 else cdiv(h, 256) * 256
+    position = empty(slots, dtype=torch.int32)
+    tiles = empty(1 + 3 * (slots // TILE_TOKENS + e), dtype=torch.int32)
+    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
+    ids, x = topk_ids.contiguous(), x.contiguous()
+    weights = topk_weights.float().contiguous()
+    if fp8 and 0 < slots <= ROUTED_SLOTS and build.missing() is None:
+        to = Routed(operand, scale, position, position, tiles, position)
+        sms = multiprocessors(x.device)
+        route(layer, x, weights, ids, expert_map, to, 0, positions, TILE_TOKENS, False, sms)
+        return SortedTokens(operand, scale, position, tiles, weights)
     chunks = cdiv(slots, CHUNK)
     bins = triton.next_power_of_2(e + 1)
     columns = min(64, bins)
     programs = cdiv(e, columns)
-    width = h if fp8 else cdiv(h, 256) * 256
-    local, rank, position = empty(3, slots, dtype=torch.int32)
+    local, rank = empty(2, slots, dtype=torch.int32)
     counts, base = empty(2, chunks, bins, dtype=torch.int32)
-    tiles = empty(1 + 3 * (slots // tile_tokens + e), dtype=torch.int32)
-    rows = tokens if in_place else positions
-    operand = empty(rows, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    scale = empty(cdiv(h, 128) if fp8 else 0, rows, dtype=torch.float32)
-    token_of = empty(positions, dtype=torch.int32) if in_place else None
-    ids = topk_ids.contiguous()
-    weights = topk_weights.float().contiguous()
     sort_device.rank_kernel[(chunks,)](
         ids, ids if expert_map is None else expert_map, local, rank, counts, slots,
         e if expert_map is None else layer.num_experts, HAS_MAP=expert_map is not None,
         CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
     )  # fmt: skip
     sort_device.place_kernel[(programs,)](
-        counts, base, tiles, tiles if flags is None else flags, e, chunks,
-        0 if flags is None else flags.numel(), CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
-        COLUMNS=columns, PROGRAMS=programs, TOKENS=tile_tokens, num_warps=8, **PDL,
+        counts, base, tiles, e, chunks, CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
+        COLUMNS=columns, PROGRAMS=programs, TOKENS=TILE_TOKENS, num_warps=8, **PDL,
     )  # fmt: skip
     sort_device.permute_kernel[(tokens,)](
-        x.contiguous(), weights, local, rank, base, position,
-        position if token_of is None else token_of, operand, scale, h, width,
-        rows, IN_PLACE=in_place, QUANTISED=fp8, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input,
+        x, weights, local, rank, base, position, operand, scale, h, width, positions,
+        QUANTISED=fp8, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input,
         TOP_K=top_k, CHUNK=CHUNK, BINS=bins, GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         num_warps=4, **PDL,
     )  # fmt: skip
-    return SortedTokens(operand, scale, position, tiles, weights, token_of=token_of)
+    return SortedTokens(operand, scale, position, tiles, weights)
 
 
 def sort_at_once(
@@ -134,7 +124,7 @@ def sort_at_once(
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    positions = sorted_positions(layer, slots)
+    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
     position = empty(slots, dtype=torch.int32)
     tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
     operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
@@ -162,6 +152,9 @@ def combine(layer: LayerConfig, tokens: SortedTokens, partial: torch.Tensor) -> 
     h = layer.hidden_size
     count, top_k = tokens.weights.shape
     out = torch.empty(count, h, dtype=partial.dtype, device=partial.device)
+    if count > 0 and build.missing() is None:
+        routing.combine(layer, partial, tokens.position, tokens.weights, out)
+        return out
     block = min(4096, triton.next_power_of_2(h))
     sort_device.combine_kernel[(count, cdiv(h, block))](
         partial, tokens.position, tokens.weights, out, h, TOP_K=top_k,

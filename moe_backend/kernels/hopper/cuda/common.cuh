@@ -136,6 +136,8 @@ DEVICE int add_relaxed(int* p, int value) {
     asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
     return before;
 }
+// A whole number in shared memory.
+DEVICE void add_shared(int* p, int value) { atomicAdd(p, value); }
 // What other programs wrote in this launch, read past L1.
 DEVICE uint4 load_written(const uint4* p) {
     uint4 v;

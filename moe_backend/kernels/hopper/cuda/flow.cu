@@ -105,7 +105,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // token_scale: `[H / 128, num_tokens]`, or with `positions` and not `num_tokens`.
 // w13_scale: `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, scale_rows2, scale_columns2]`.
 // hidden_scale: `[I / GROUP, positions]`; positions a multiple of 4, and so every expert's first.
-// list: how many experts, and of each `stride` numbers: expert, first position, end position.
+// list: how many experts, and of each three numbers: expert, first position, end position.
 // counters: `[1 + experts hit]`, zero before.
 // partial: `[positions, H]` bf16. H is a multiple of 64, I of 16.
 KERNEL void __launch_bounds__(THREADS, 1) flow(
@@ -114,11 +114,12 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
     const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8, const float* w13_scale,
     const float* w2_scale, const u8* tokens, const float* token_scale, const int* list, const int* token_of,
     int* counters, u8* hidden, float* hidden_scale, u16* partial, float limit, float alpha, float beta,
-    int stride, int H, int I, int num_tokens, int positions, int scale_rows13, int scale_columns13, int scale_rows2, int scale_columns2) {
+    int H, int I, int num_tokens, int positions, int scale_rows13, int scale_columns13, int scale_rows2,
+    int scale_columns2) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Layer layer = {&w13, &w2, &tokens32, &tokens8, &hidden32, &hidden8, w13_scale, w2_scale, tokens, token_scale,
-                          list, token_of, stride, counters, counters + 1, hidden, hidden_scale, partial,
+    const Layer layer = {&w13, &w2, &tokens32, &tokens8, &hidden32, &hidden8, w13_scale, w2_scale, tokens,
+                         token_scale, list, token_of, counters, counters + 1, hidden, hidden_scale, partial,
                          limit, alpha, beta, H, I, num_tokens, positions, scale_rows13, scale_columns13,
                          scale_rows2, scale_columns2};
     if (threadIdx.x == 0) {

@@ -22,7 +22,7 @@ DEVICE int read_list(const Layer& layer, Shared& shared) {
         const int i = first + static_cast<int>(threadIdx.x);
         Hit hit = {0, 0, 0, 0};
         if (i < count) {
-            const int* entry = layer.list + 1 + i * layer.stride;
+            const int* entry = layer.list + 1 + 3 * i;
             hit = {entry[0], entry[1], entry[2], 0};
         }
         const int tiles = ceil_div(hit.end - hit.start, MOST);

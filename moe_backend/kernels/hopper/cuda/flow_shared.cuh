@@ -45,7 +45,6 @@ struct Layer {
     const u8* tokens;
     const float* token_scale;
     const int *list, *token_of;
-    int stride;
     int *ticket, *ready;
     u8* hidden;
     float* hidden_scale;
