@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import struct
 from dataclasses import replace
 from itertools import product
 
@@ -14,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
-from moe_backend.kernels.hopper import flow, kernel, methods, once, prefill, sorted_tokens, tiles
+from moe_backend.kernels.hopper import flow, kernel, methods, once, tiles
 from moe_backend.kernels.hopper.tiles import Few, Flow, Once
 
 missing = build.missing()
@@ -45,7 +47,7 @@ def source(tmp_path, monkeypatch):
 def kernels_of(monkeypatch):
     """The kernels in CUDA C++ that a choice launches, as the host code asks for them."""
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
-    for module in (flow, once, prefill, sorted_tokens):
+    for module in (flow, once):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
     def find(name, tokens, choice):
@@ -89,7 +91,6 @@ ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
         ("step-3.5-tp8-even", 64, FLOW),
         ("step-3.5-tp8-even", 1024, FLOW),
         ("step-3.5-tp8-even", 4096, FLOW),
-        ("step-3.5-ep8", 4096, ["route", "combine"]),
         ("deepseek-v4-flash-ep8", 8, ONCE),
         ("minimax-m3-ep4", 8, ONCE),
     ],
@@ -126,6 +127,44 @@ def test_what_registers_do_not_hold_is_seen(source):
         "}\n"
     )
     assert local_memory(source, {"FACTOR": 99}.items()) == 32 * 4
+
+
+# --- Launches -------------------------------------------------------------------------------------
+
+
+def test_arrays_are_carved_from_one_piece_of_memory():
+    whole, arrays = launch.carve(torch.device("cpu"), 300, 0, 256, 5)
+    base = whole.data_ptr()
+    assert [array.data_ptr() - base for array in arrays] == [0, 512, 512, 768]
+    assert whole.numel() >= 768 + 5
+
+
+def test_what_does_not_begin_at_a_multiple_of_sixteen_bytes_is_copied():
+    numbers = torch.arange(64.0)
+    assert launch.packed(numbers) is numbers
+    for given in (numbers[1:33], numbers.view(8, 8).T):
+        taken = launch.packed(given)
+        assert torch.equal(taken, given)
+        assert taken.is_contiguous()
+        assert taken.data_ptr() % 16 == 0
+
+
+def test_arguments_are_laid_out_as_the_driver_reads_them(monkeypatch):
+    """Each at its pointer, of its size, whatever comes before it."""
+    tensor = torch.zeros(4)
+    map_of_it = launch.TensorMap(tensor, (128, 4), (128,), (128, 4))
+    monkeypatch.setattr(launch, "_encoded", lambda address, *_: struct.pack("=16Q", *range(16)))
+    given = [3, map_of_it, 0.5, launch.Memory(1 << 40), tensor, -1]
+    buffer, pointers = launch._room(given)
+    buffer.pack(given)
+    sizes = ["i", "16Q", "f", "Q", "Q", "i"]
+    found = [
+        struct.unpack("=" + size, ctypes.string_at(pointer, struct.calcsize("=" + size)))
+        for size, pointer in zip(sizes, pointers, strict=True)
+    ]
+    assert found == [(3,), tuple(range(16)), (0.5,), (1 << 40,), (tensor.data_ptr(),), (-1,)]
+    with pytest.raises(struct.error):
+        buffer.pack([0.5, *given[1:]])
 
 
 # --- What is compiled -----------------------------------------------------------------------------
@@ -284,20 +323,18 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "tile", "gathers"),
+    ("name", "tokens", "tile"),
     [
-        ("step-3.5-tp8-even", 512, (32, 3, 2), False),
-        ("step-3.5-tp8-even", 513, (32, 3, 2), True),
-        ("step-3.5-tp8-even", 4096, (128, 3, 1), True),
-        ("step-3.5-tp8-padded", 4096, (128, 2, 2), True),
-        ("step-3.5-ep8", 1024, (64, 3, 2), False),
+        ("step-3.5-tp8-even", 512, (32, 3, 2)),
+        ("step-3.5-tp8-even", 4096, (128, 3, 1)),
+        ("step-3.5-tp8-padded", 4096, (128, 2, 2)),
+        ("step-3.5-ep8", 1024, (64, 3, 2)),
     ],
 )
-def test_tiles_and_where_tokens_come_from(name, tokens, tile, gathers, monkeypatch):
+def test_tiles_of_flow(name, tokens, tile, monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: None)
     layer = SHAPES[name].layer()
     assert tiles.choose(layer, tokens) == tiles.flow(layer, *tile)
-    assert flow.gathers(layer, tokens * layer.top_k) is gathers
 
 
 def test_a_layer_that_they_cannot_take_gets_another_method(monkeypatch):

@@ -39,14 +39,12 @@ class Case:
     w2_block: tuple[int, int]
     kind: int = 1
     grid: int = 3
-    gather: bool = False
 
     @property
     def defines(self) -> dict[str, object]:
         (n13, k13), (n2, k2) = self.w13_block, self.w2_block
         return {
             "WARP_GROUPS": self.groups, "BLOCKS": self.blocks, "MOST": self.most,
-            "GATHER": int(self.gather),
             "STAGES": self.stages, "EXPERTS": EXPERTS, "ACTIVATION": self.kind,
             "N13": n13, "K13": k13, "N2": n2, "K2": k2, "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
@@ -111,13 +109,6 @@ class Layer:
         if count > 3:
             self.tokens.view(torch.uint8)[3] = POISON
             self.token_scale[:, 3] = float("nan")
-        self.operand, self.operand_scale = self.tokens.view(torch.uint8), self.token_scale
-        if not case.gather:  # as the accelerator reads them, in the order of positions
-            self.operand = torch.full((first, h), POISON, dtype=torch.uint8)
-            self.operand_scale = torch.full((cdiv(h, 128), first), float("nan"))
-            at = self.token_of[routed].long()
-            self.operand[routed] = self.tokens.view(torch.uint8)[at]
-            self.operand_scale[:, routed] = self.token_scale[:, at]
         self.constants = (7.0 if case.kind else 0.0, 1.702, 1.0)
         self.activation = Activation.from_name(KINDS[case.kind], limit=7.0 if case.kind else None)
 
@@ -142,13 +133,12 @@ class Layer:
             [128, 8, 2, 4, 1], 128,
         )  # fmt: skip
         maps = [w13, rows(self.w2.view(torch.uint8), e * h, i, 64)]
-        maps += [rows(self.operand, len(self.operand), h, box) for box in (32, 8)]
         maps += [rows(hidden, p, i, box) for box in (32, 8)]
         scales13, scales2 = self.w13_scale.shape[2:], self.w2_scale.shape[1:]
         driver.launch(
             driver.compile(SOURCE, case.defines), "flow", case.grid, 128 * (case.groups + 1),
             case.shared_bytes,
-            [*maps, self.w13_scale, self.w2_scale, self.operand, self.operand_scale,
+            [*maps, self.w13_scale, self.w2_scale, self.tokens.view(torch.uint8), self.token_scale,
              self.list, self.token_of, counters, hidden, hidden_scale, partial, *self.constants,
              h, i, len(self.tokens), p, *scales13, *scales2],
             seed, resident=resident,
@@ -194,14 +184,13 @@ def check(layer: Layer, hidden: torch.Tensor, scale: torch.Tensor, partial: torc
 CASES = {
     "one token": Case(2, 1, 16, 3, (0, 1, 0), 128, 96, (32, 128), (128, 32)),
     "narrow shard": Case(2, 1, 16, 3, (5, 0, 1, 40, 0, 9), 192, 160, (32, 128), (128, 32)),
-    "gathered": Case(2, 1, 16, 3, (5, 0, 1, 40, 9), 192, 160, (32, 128), (128, 32), gather=True),
     "odd parts": Case(2, 2, 32, 3, (33, 7, 0, 64, 1, 18), 320, 160, (32, 128), (128, 32)),
     "scale per 64": Case(4, 1, 32, 4, (12, 0, 45, 3), 256, 96, (128, 64), (64, 64), kind=3),
     "unsplit": Case(2, 2, 32, 2, (30, 71, 0, 2), 256, 320, (128, 128), (128, 128), kind=2),
     "six parts": Case(3, 2, 32, 2, (0, 28, 37, 16), 448, 224, (32, 128), (128, 32)),
     "six unsplit": Case(2, 3, 64, 2, (65, 6), 192, 384, (128, 32), (128, 128)),
-    "wide": Case(2, 2, 128, 3, (124, 150, 9, 88), 256, 144, (128, 128), (128, 128), gather=True),
-    "long": Case(3, 1, 128, 2, (104, 9, 140), 384, 160, (32, 128), (128, 32), 0, gather=True),
+    "wide": Case(2, 2, 128, 3, (124, 150, 9, 88), 256, 144, (128, 128), (128, 128)),
+    "long": Case(3, 1, 128, 2, (104, 9, 140), 384, 160, (32, 128), (128, 32), 0),
     "three parts": Case(3, 1, 32, 3, (28, 0, 39, 5), 256, 288, (128, 128), (128, 128), kind=0),
 }
 

@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from moe_backend.kernels.cuda import build as cuda_build
 from moe_backend.kernels.cuda import launch
 from moe_backend.kernels.hopper import (
     few,
@@ -22,7 +21,6 @@ from moe_backend.kernels.hopper import (
     kernel,
     once,
     prefill,
-    sorted_tokens,
     stream,
     tiled,
     tiles,
@@ -46,7 +44,7 @@ def launches(monkeypatch):
         found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (few, flow, once, prefill, sorted_tokens, stream, tiled, wide):
+    for module in (few, flow, once, prefill, stream, tiled, wide):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     with launch.instead_of_launching(lambda kernel: found.append((kernel.name, True))):
         yield found
@@ -58,11 +56,11 @@ def launches(monkeypatch):
     [
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
-        ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), ["route", *GEMMS, "combine"]),
+        ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
         ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
-        ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine"]),
-        ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine"]),
+        ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
+        ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
         ("bf16", lambda layer: tiles.tiles(layer, 7), TILED),
@@ -80,33 +78,11 @@ def launches(monkeypatch):
         "bf16-tiles",
     ],
 )
-def test_only_the_first_waits_for_what_came_before(
-    launches, layout, name, choice, names, monkeypatch
-):
-    monkeypatch.setattr(cuda_build, "missing", lambda: None)
-    run(Case(name, ACTIVATIONS[0], layout=layout), choice)
-    assert launches == [(n, number > 0 or n in CUDA) for number, n in enumerate(names)]
-
-
-@pytest.mark.parametrize(
-    ("name", "choice", "first"),
-    [
-        ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), SORTED),
-        ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS]),
-        ("nvfp4", lambda layer: Wide(4, 2), SORTED),
-    ],
-    ids=["prefill", "stream", "wide"],
-)
-def test_without_cuda_bindings_triton_sorts_and_sums(launches, name, choice, first, monkeypatch):
-    monkeypatch.setattr(cuda_build, "missing", lambda: "cuda-bindings is not installed")
-    run(Case(name, ACTIVATIONS[0], layout="ep"), choice)
-    assert launches == [(n, k > 0) for k, n in enumerate([*first, "combine_kernel"])]
-
-
-def run(case, choice):
-    problem = build(case)
+def test_only_the_first_waits_for_what_came_before(launches, layout, name, choice, names):
+    problem = build(Case(name, ACTIVATIONS[0], layout=layout))
     layer = replace(problem.layer, device="cuda")
     kernel.run(
         layer, problem.weights.tensors(), problem.x, problem.topk_weights, problem.topk_ids,
         problem.expert_map, choice(layer),
     )  # fmt: skip
+    assert launches == [(n, number > 0 or n in CUDA) for number, n in enumerate(names)]

@@ -80,6 +80,12 @@ def carve(device: torch.device, *sizes: int) -> tuple[torch.Tensor, list[Memory]
     return whole, [Memory(base + start) for start in (0, *ends[:-1])]
 
 
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, contiguous and from a multiple of 16 bytes on, as copies and wide loads want it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument]) -> None:
     """Run a kernel, compiled and loaded at its first launch.
 
@@ -136,6 +142,27 @@ def _handle(kernel: Kernel, code: bytes) -> Any:
     return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()), doing)
 
 
+class _Buffer:
+    """Memory that arguments of these kinds are packed into."""
+
+    def __init__(self, layout: str) -> None:
+        self.format = struct.Struct(layout)
+        self.bytes = ctypes.create_string_buffer(self.format.size)
+
+    def pack(self, arguments: Sequence[Argument]) -> None:
+        """Raises struct.error for an argument of another kind."""
+        self.format.pack_into(self.bytes, 0, *[_packed(argument) for argument in arguments])
+
+
+def _room(arguments: Sequence[Argument]) -> tuple[_Buffer, list[int]]:
+    """A buffer for such arguments, and the address of each: a multiple of 8 bytes from the last."""
+    layouts = [_layout(argument) for argument in arguments]
+    buffer = _Buffer("=" + "".join(layouts))
+    sizes = [struct.calcsize("=" + layout) for layout in layouts]
+    starts = accumulate(sizes[:-1], initial=ctypes.addressof(buffer.bytes))
+    return buffer, list(starts)
+
+
 class _Prepared:
     """A thread's launches of a kernel on a GPU: what stays the same, and where arguments go."""
 
@@ -154,18 +181,14 @@ class _Prepared:
         self.config.sharedMemBytes = kernel.shared
         self.config.attrs = [_overlapped()]
         self.config.numAttrs = 1
-        # Each argument from a multiple of 8 bytes on.
-        self.format = struct.Struct("=" + "".join(_layout(argument) for argument in arguments))
-        self.buffer = ctypes.create_string_buffer(self.format.size)
-        sizes = [struct.calcsize("=" + _layout(argument)) for argument in arguments]
-        starts = accumulate(sizes[:-1], initial=ctypes.addressof(self.buffer))
-        self.pointers = (ctypes.c_void_p * len(sizes))(*starts)
+        self.buffer, pointers = _room(arguments)
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
 
     def start(self, grid: int, threads: int, arguments: Sequence[Argument], stream: int) -> Any:
         """The driver's answer."""
         from cuda.bindings import driver
 
-        self.format.pack_into(self.buffer, 0, *[_packed(argument) for argument in arguments])
+        self.buffer.pack(arguments)
         self.config.gridDimX, self.config.blockDimX = grid, threads
         self.config.hStream = driver.CUstream(stream)
         pointers = ctypes.addressof(self.pointers)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch
+from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.route import Routed, combine, route
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
@@ -16,8 +16,6 @@ from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
 SOURCE = Path(__file__).parent / "cuda" / "flow.cu"
-WHOLE = 1 << 30  # tokens of a "tile" of the routing: experts are listed whole
-GATHERED = 4096  # slots from which on tokens may be gathered
 
 
 def run(
@@ -36,32 +34,28 @@ def run(
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     sms = multiprocessors(w13.device)
-    x, ids = x.contiguous(), topk_ids.contiguous()
-    weights = topk_weights.float().contiguous()
-    gather = gathers(layer, slots)
-    kernel = _kernel(layer, choice, gather)
+    x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
+    kernel = _kernel(layer, choice)
     # Every expert's positions begin with a multiple of 4.
     positions = cdiv(slots + 3 * min(e, slots), 4) * 4
-    rows = tokens if gather else positions
     groups = cdiv(i, 32 * choice.groups * choice.blocks)
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (
         carve(
-            w13.device, rows * h, 4 * cdiv(h, 128) * rows, 4 * slots, 4 * positions,
+            w13.device, tokens * h, 4 * cdiv(h, 128) * tokens, 4 * slots, 4 * positions,
             4 * (1 + 3 * e), 4 * counters, positions * i, 4 * groups * positions, 2 * positions * h,
         )
     )  # fmt: skip
     out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
     to = Routed(operand, scale, position, token_of, experts, counts)
-    route(layer, x, weights, ids, expert_map, to, counters, rows, WHOLE, gather, sms)
+    route(layer, x, weights, ids, expert_map, to, counters, sms)
     activation = layer.activation
     turns_of_eight = TensorMap(
         w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
     )
     launch(
         kernel, sms, 128 * (choice.groups + 1),
-        [turns_of_eight, _rows(w2, e * h, i, 64), _rows(operand, rows, h, 32),
-         _rows(operand, rows, h, 8), _rows(hidden, positions, i, 32),
+        [turns_of_eight, _rows(w2, e * h, i, 64), _rows(hidden, positions, i, 32),
          _rows(hidden, positions, i, 8), w13_scale, w2_scale, operand, scale, experts, token_of,
          counts, hidden, hidden_scale, partial, activation.limit or 0.0, activation.alpha,
          activation.beta, h, i, tokens, positions, w13_scale.shape[1] // 2, w13_scale.shape[2],
@@ -72,16 +66,8 @@ def run(
     return out
 
 
-def gathers(layer: LayerConfig, slots: int) -> bool:
-    """Whether tokens are fetched from where they are, and not copied to all their positions first.
-
-    Measured on an H200: from two slots a token on this rank on, and not with few slots.
-    """
-    return slots > GATHERED and layer.top_k * layer.num_local_experts >= 2 * layer.num_experts
-
-
 @lru_cache
-def _kernel(layer: LayerConfig, choice: Flow, gather: bool = False) -> Kernel:
+def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
     check(layer, choice)
     assert layer.w13_block is not None
     assert layer.w2_block is not None
@@ -89,7 +75,6 @@ def _kernel(layer: LayerConfig, choice: Flow, gather: bool = False) -> Kernel:
         "WARP_GROUPS": choice.groups,
         "BLOCKS": choice.blocks,
         "MOST": choice.tokens,
-        "GATHER": int(gather),
         "STAGES": choice.stages,
         "EXPERTS": layer.num_local_experts,
         "ACTIVATION": ACTIVATIONS[layer.activation.kind],

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda.launch import Kernel, launch
+from moe_backend.kernels.cuda.launch import Kernel, launch, packed
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import (
     ONCE_BLOCKS,
@@ -45,7 +45,7 @@ def run(
     """
     tokens, top_k = topk_ids.shape
     check(layer, tokens, choice)
-    x = x.contiguous()
+    x = packed(x)
     out = torch.empty_like(x)
     if tokens == 0:
         return out

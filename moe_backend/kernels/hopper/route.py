@@ -1,4 +1,4 @@
-"""The host side of the routing of FP8 layers, and of the sum at the end, in CUDA C++."""
+"""The host side of what comes before and after the GEMMs of `flow.py`: routing, and the sum."""
 
 from __future__ import annotations
 
@@ -17,27 +17,23 @@ ROUTE_THREADS, COMBINE_THREADS = 512, 256
 BLOCKS_PER_SM = 2  # of the routing, each with as many tokens: every block looks through all slots
 
 
-Address = Memory | torch.Tensor
-
-
 class Routed(NamedTuple):
-    """What `route` writes; all but the sizes is memory of the caller's.
+    """What `route` writes, in the caller's memory.
 
     Attributes:
-        operand: e4m3 `[positions, H]`, or `[tokens, H]` if tokens are gathered.
-        scale: fp32 `[H / 128, positions]`, or with tokens.
+        operand: e4m3 `[tokens, H]`; scale: fp32 `[H / 128, tokens]`.
         position: int32 `[slots]`, -1 for slots that are left out.
-        token_of: int32 `[positions]`, if tokens are gathered.
-        tiles: int32, how many and of each expert, first position and the expert's end position.
+        token_of: int32 `[positions]`; undefined where no slot is.
+        experts: int32, how many were hit and of each expert, first position and end position.
         counters: int32, zeros.
     """
 
-    operand: Address
-    scale: Address
-    position: Address
-    token_of: Address
-    tiles: Address
-    counters: Address
+    operand: Memory
+    scale: Memory
+    position: Memory
+    token_of: Memory
+    experts: Memory
+    counters: Memory
 
 
 def route(
@@ -48,9 +44,6 @@ def route(
     expert_map: torch.Tensor | None,
     to: Routed,
     counters: int,
-    rows: int,
-    tile: int,
-    gather: bool,
     sms: int,
 ) -> None:
     """Sort a call's slots by expert and quantise its tokens.
@@ -58,28 +51,25 @@ def route(
     The first five arguments are those of `registry.Kernel.apply`.
 
     Args:
-        x, topk_weights (fp32), topk_ids: contiguous.
+        x, topk_weights (fp32): `launch.packed`; topk_ids: contiguous.
         to: where the results go.
         counters: how many.
-        rows: positions, or tokens if gathered: the stride of the scales.
-        tile: tokens of a tile at most, up to 2**30.
-        gather: leave tokens in their order, once each.
         sms: multiprocessors of the GPU.
     """
     tokens, mapped = len(x), expert_map is not None
     each = cdiv(tokens, BLOCKS_PER_SM * sms)
     launch(
-        _route(layer, mapped, topk_ids.dtype == torch.int64, tile, gather),
-        cdiv(tokens, each) + 1, ROUTE_THREADS,
+        _route(layer, mapped, topk_ids.dtype == torch.int64), cdiv(tokens, each) + 1,
+        ROUTE_THREADS,
         [x, topk_ids, topk_ids if expert_map is None else expert_map, topk_weights, *to, counters,
-         tokens, each, layer.hidden_size, rows],
+         tokens, each, layer.hidden_size],
     )  # fmt: skip
 
 
 def combine(
     layer: LayerConfig,
-    partial: Address,
-    position: Address,
+    partial: Memory,
+    position: Memory,
     topk_weights: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
@@ -89,7 +79,7 @@ def combine(
         topk_weights: fp32, contiguous; out: `[tokens, H]`.
     """
     h = layer.hidden_size
-    parts = cdiv(h, 8 * COMBINE_THREADS)
+    parts = cdiv(h, 16 * COMBINE_THREADS)
     launch(
         _combine(layer.top_k, layer.apply_router_weight_on_input), parts * len(out),
         COMBINE_THREADS, [partial, position, topk_weights, out, h],
@@ -97,15 +87,13 @@ def combine(
 
 
 @lru_cache
-def _route(layer: LayerConfig, mapped: bool, long_ids: bool, tile: int, gather: bool) -> Kernel:
+def _route(layer: LayerConfig, mapped: bool, long_ids: bool) -> Kernel:
     constants = {
         "EXPERTS": layer.num_local_experts,
         "NUM_IDS": layer.num_experts if mapped else layer.num_local_experts,
         "TOP_K": layer.top_k,
         "HAS_MAP": int(mapped),
         "IDS64": int(long_ids),
-        "TILE": tile,
-        "GATHER": int(gather),
         "WEIGHT_ON_INPUT": int(layer.apply_router_weight_on_input),
     }
     slots = ROUTE_THREADS // layer.top_k * layer.top_k
@@ -116,4 +104,4 @@ def _route(layer: LayerConfig, mapped: bool, long_ids: bool, tile: int, gather: 
 @lru_cache
 def _combine(top_k: int, weight_on_input: bool) -> Kernel:
     constants = {"TOP_K": top_k, "WEIGHTED": int(not weight_on_input)}
-    return Kernel(FOLDER / "combine.cu", "combine", tuple(constants.items()), 0)
+    return Kernel(FOLDER / "combine.cu", "combine", tuple(constants.items()), 8 * top_k + 4)

@@ -150,18 +150,17 @@ def permute_kernel(
                 tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_ids", "scale_stride", "num_flags"])
+@triton.jit(do_not_specialize=["num_slots", "num_ids", "num_flags"])
 def plan_kernel(
-    x, ids, expert_map, topk_weights, operand, operand_scale, position, tiles, flags, num_slots,
-    num_ids, H, width, scale_stride, num_flags,
-    QUANTISED: tl.constexpr, HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
+    x, ids, expert_map, topk_weights, operand, position, tiles, flags, num_slots, num_ids, H,
+    width, num_flags, HAS_MAP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
     TOP_K: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All of the above in one launch, for so few slots that each program looks through all.
 
     Program 0 lists the tiles, for `share_device._tile`, and takes the flags down; each other takes
-    a token to the positions of its slots, QUANTISED or not as in `permute_kernel`.
+    a token to the positions of its slots, as `permute_kernel` does where nothing is quantised.
     """
     if PDL:
         gdc_launch_dependents()
@@ -204,17 +203,14 @@ def plan_kernel(
         value = given.to(tl.float32)
         if WEIGHT_ON_INPUT:
             value *= tl.load(topk_weights + token)
-        code, scale = _coded(value, operand.dtype.element_ty, QUANTISED, GROUPS)
+        code = _in_nvfp4_order(value.to(operand.dtype.element_ty), GROUPS * 128)
         first_of = tl.sum(tl.where(e[None, :] == own[:, None], start[None, :], 0), 1)
         place = tl.where(own >= 0, first_of + rank, -1)
         tl.store(position + token * TOP_K + k, place, mask=k < TOP_K)
-        groups = tl.cdiv(H, 128)
         for j in tl.static_range(TOP_K):
             p = tl.sum(tl.where(k == j, place, 0), 0)
             if p >= 0:
                 tl.store(operand + p.to(tl.int64) * width + column, code, mask=column < width)
-                if QUANTISED:
-                    tl.store(operand_scale + group * scale_stride + p, scale, mask=group < groups)
 
 
 @triton.jit

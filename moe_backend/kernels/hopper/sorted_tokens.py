@@ -9,14 +9,9 @@ import torch
 
 from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda import build
-from moe_backend.kernels.hopper import route as routing
-from moe_backend.kernels.hopper.route import Routed, route
-from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.registry import LayerConfig
 
 TILE_TOKENS = 128
-ROUTED_SLOTS = 1 << 16  # up to which one launch in CUDA C++ routes FP8 layers
 CHUNK = 512  # slots that one program of the routing sorts
 CHUNK_AT_ONCE = 256  # slots that each program looks at together where one launch does it all
 # Not for the first launch: it reads the routing at once, so it must wait for what came before it,
@@ -33,8 +28,8 @@ class SortedTokens:
             `device._nvfp4_position` and with zeros up to a multiple of 256 columns.
         scale: `[columns / 128, positions]` fp32 of an e4m3 operand.
         position: `[slots]` int32, -1 for dropped ones.
-        tiles: int32, how many and of each `stride` numbers: expert, first position, end position
-            of the expert, and of four which of its expert's tiles came first of all.
+        tiles: int32, how many and of each three numbers: expert, first position, the expert's end
+            position; from `sort_at_once` four: which of its expert's tiles came first of all.
         weights: `[tokens, top_k]` fp32 routing weights.
     """
 
@@ -43,7 +38,6 @@ class SortedTokens:
     position: torch.Tensor
     tiles: torch.Tensor
     weights: torch.Tensor
-    stride: int = 3
 
 
 def sort(
@@ -71,13 +65,8 @@ def sort(
     tiles = empty(1 + 3 * (slots // TILE_TOKENS + e), dtype=torch.int32)
     operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
     scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
-    ids, x = topk_ids.contiguous(), x.contiguous()
+    x, ids = x.contiguous(), topk_ids.contiguous()
     weights = topk_weights.float().contiguous()
-    if fp8 and 0 < slots <= ROUTED_SLOTS and build.missing() is None:
-        to = Routed(operand, scale, position, position, tiles, position)
-        sms = multiprocessors(x.device)
-        route(layer, x, weights, ids, expert_map, to, 0, positions, TILE_TOKENS, False, sms)
-        return SortedTokens(operand, scale, position, tiles, weights)
     chunks = cdiv(slots, CHUNK)
     bins = triton.next_power_of_2(e + 1)
     columns = min(64, bins)
@@ -111,15 +100,19 @@ def sort_at_once(
     tile_tokens: int,
     flags: torch.Tensor,
 ) -> SortedTokens:
-    """As `sort`, in one launch, for so few slots that each program may look through all."""
+    """As `sort`, in one launch, for so few slots that each program may look through all; not FP8.
+
+    Args:
+        tile_tokens: tokens of a tile at most.
+        flags: int32, zeros afterwards.
+    """
     import triton
 
     from moe_backend.kernels.hopper import sort_device
 
     tokens, top_k = topk_ids.shape
     e, h, slots = layer.num_local_experts, layer.hidden_size, tokens * top_k
-    fp8 = layer.format == Fp8BlockWeights.name
-    width = h if fp8 else cdiv(h, 256) * 256
+    width = cdiv(h, 256) * 256
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -127,20 +120,19 @@ def sort_at_once(
     positions = cdiv(slots + 3 * min(e, slots), 4) * 4
     position = empty(slots, dtype=torch.int32)
     tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
-    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
+    operand = empty(positions, width, dtype=x.dtype)
     ids = topk_ids.contiguous()
     weights = topk_weights.float().contiguous()
     sort_device.plan_kernel[(1 + tokens,)](
-        x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, scale,
-        position, tiles, flags, slots, e if expert_map is None else layer.num_experts, h, width,
-        positions, flags.numel(), QUANTISED=fp8, HAS_MAP=expert_map is not None,
+        x.contiguous(), ids, ids if expert_map is None else expert_map, weights, operand, position,
+        tiles, flags, slots, e if expert_map is None else layer.num_experts, h, width,
+        flags.numel(), HAS_MAP=expert_map is not None,
         WEIGHT_ON_INPUT=layer.apply_router_weight_on_input, TOP_K=top_k,
         KS=triton.next_power_of_2(top_k), CHUNK=CHUNK_AT_ONCE,
         EXPERTS=triton.next_power_of_2(e), GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         TOKENS=tile_tokens, PDL=True, num_warps=4,
     )  # fmt: skip
-    return SortedTokens(operand, scale, position, tiles, weights, stride=4)
+    return SortedTokens(operand, empty(0, positions, dtype=torch.float32), position, tiles, weights)
 
 
 def combine(layer: LayerConfig, tokens: SortedTokens, partial: torch.Tensor) -> torch.Tensor:
@@ -152,9 +144,6 @@ def combine(layer: LayerConfig, tokens: SortedTokens, partial: torch.Tensor) -> 
     h = layer.hidden_size
     count, top_k = tokens.weights.shape
     out = torch.empty(count, h, dtype=partial.dtype, device=partial.device)
-    if count > 0 and build.missing() is None:
-        routing.combine(layer, partial, tokens.position, tokens.weights, out)
-        return out
     block = min(4096, triton.next_power_of_2(h))
     sort_device.combine_kernel[(count, cdiv(h, block))](
         partial, tokens.position, tokens.weights, out, h, TOP_K=top_k,

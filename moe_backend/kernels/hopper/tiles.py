@@ -210,7 +210,7 @@ ONCE_WARPS = 16  # that multiply
 ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles have 384 rows
 # of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
-FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (45, 64))
+FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
 FLOW_NARROW = 256
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.

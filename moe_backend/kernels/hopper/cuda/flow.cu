@@ -1,10 +1,9 @@
 // Both grouped GEMMs of an FP8 mixture-of-experts layer in one persistent launch, weights first.
 //
-// Earlier launches have sorted the slots by expert, so that each has a position: `tokens` are their quantised
-// activations in that order, or, if GATHER, as they came, once each. `list` says which experts were hit and
-// where their positions begin and end. This launch makes `hidden` of them, quantised per position and GROUP
-// columns, and of that `partial`, the experts' outputs before the routing weights; a later launch sums those
-// over a token's slots.
+// An earlier launch has quantised the `tokens` and sorted their slots by expert, so that each slot has a
+// position: `list` says which experts were hit and where their positions begin and end, `token_of` which token
+// each is of. This launch makes `hidden` of them, quantised per position and GROUP columns, and of that
+// `partial`, the experts' outputs before the routing weights; a later launch sums those over a token's slots.
 //
 // Operands. With few tokens per expert time goes by bytes of weights, so weights are the first operand,
 // 64 rows of an MMA, and tokens the narrow side: the narrowest of 8, 16, 24, 32, 48, 64, 96 and 128
@@ -22,7 +21,7 @@
 // are on their way meanwhile.
 //
 // Roles. A warp claims items, shortly before they are needed, so that blocks end together; another
-// copies, and with GATHER two bring tokens for the first GEMM; WARP_GROUPS warp groups multiply, the parts of an item dealt out among them. A step is 128
+// copies, and two fetch tokens for the first GEMM from wherever they are; WARP_GROUPS warp groups multiply, the parts of an item dealt out among them. A step is 128
 // columns of K: its weights, tokens and scales are a stage of the ring, completed by one barrier. What
 // the item is comes with its first stage; an item without parts is the end. Every sum of SUB products is
 // scaled in fp32: by the weights' scale, which is the same for all rows of a part (of gate and of up
@@ -32,7 +31,7 @@
 //
 // Compile-time constants: WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3), MOST (tokens of a tile:
 // 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and 64 for 2, 3 and 4 warp
-// groups; GATHER, STAGES, EXPERTS (room in the list), ACTIVATION (its kind), N13, K13, N2, K2 (rows and columns of a
+// groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), N13, K13, N2, K2 (rows and columns of a
 // weight scale), SHARED_BYTES (what the launch asks for).
 #include "flow_copies.cuh"
 #include "flow_epilogues.cuh"
@@ -51,7 +50,7 @@ DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, 
     }
     for (int k0 = 0; k0 < depth; k0 += STEP) {
         barrier_wait(&shared.full[ring.stage], ring.phase);
-        if (GATED && GATHER) fence_async_shared();  // tokens came by ordinary copies
+        if (GATED) fence_async_shared();  // tokens came by ordinary copies
         const u8* matrices = shared.matrices[ring.stage];
         const u64 tokens = shared_matrix(matrices + PARTS * PART_BYTES);
 #pragma unroll
@@ -100,9 +99,8 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 }
 
 // w13: `[E, I / 8, (gate, up), 8, H]` e4m3 in boxes of 1, 4, 2, 8 and 128; w2: `[E * H, I]` in boxes of 64
-// and 128. tokens, hidden: `[positions, H]` and `[positions, I]` e4m3 in boxes of 32, of 8 and 128. All with
-// the 128-byte swizzle. If GATHER, tokens is `[num_tokens, H]`, and token_of `[positions]`.
-// token_scale: `[H / 128, num_tokens]`, or with `positions` and not `num_tokens`.
+// and 128; hidden: `[positions, I]` e4m3 in boxes of 32, of 8 and 128. All with the 128-byte swizzle.
+// tokens: `[num_tokens, H]` e4m3; token_scale: `[H / 128, num_tokens]`; token_of: `[positions]`.
 // w13_scale: `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, scale_rows2, scale_columns2]`.
 // hidden_scale: `[I / GROUP, positions]`; positions a multiple of 4, and so every expert's first.
 // list: how many experts, and of each three numbers: expert, first position, end position.
@@ -110,7 +108,6 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // partial: `[positions, H]` bf16. H is a multiple of 64, I of 16.
 KERNEL void __launch_bounds__(THREADS, 1) flow(
     const GRID_CONSTANT TensorMap w13, const GRID_CONSTANT TensorMap w2,
-    const GRID_CONSTANT TensorMap tokens32, const GRID_CONSTANT TensorMap tokens8,
     const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8, const float* w13_scale,
     const float* w2_scale, const u8* tokens, const float* token_scale, const int* list, const int* token_of,
     int* counters, u8* hidden, float* hidden_scale, u16* partial, float limit, float alpha, float beta,
@@ -118,7 +115,7 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
     int scale_columns2) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Layer layer = {&w13, &w2, &tokens32, &tokens8, &hidden32, &hidden8, w13_scale, w2_scale, tokens,
+    const Layer layer = {&w13, &w2, &hidden32, &hidden8, w13_scale, w2_scale, tokens,
                          token_scale, list, token_of, counters, counters + 1, hidden, hidden_scale, partial,
                          limit, alpha, beta, H, I, num_tokens, positions, scale_rows13, scale_columns13,
                          scale_rows2, scale_columns2};
@@ -134,10 +131,6 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
         barriers_ready();
         prefetch_map(&w13);
         prefetch_map(&w2);
-        if (!GATHER) {
-            prefetch_map(&tokens32);
-            prefetch_map(&tokens8);
-        }
         prefetch_map(&hidden32);
         prefetch_map(&hidden8);
     }
@@ -152,7 +145,7 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
         leave_registers<COPY_REGISTERS>();
         if (warp == CONSUMER_WARPS) copy(layer, shared);
         if (warp == CONSUMER_WARPS + 1) claim(layer, shared, count, claimed);
-        if (GATHER && warp > CONSUMER_WARPS + 1) gather(layer, shared, warp - CONSUMER_WARPS - 2);
+        if (warp > CONSUMER_WARPS + 1) gather(layer, shared, warp - CONSUMER_WARPS - 2);
     } else {
         take_registers<REGISTERS>();
         consume(layer, shared, {warp / 4, warp % 4, static_cast<int>(threadIdx.x) % 32});

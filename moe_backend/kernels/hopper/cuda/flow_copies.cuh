@@ -91,10 +91,10 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
     const int lane = threadIdx.x % 32;
     u64* full = &shared.full[stage];
     if (lane == 0) {
-        const int groups = GATED ? 1 : 1 + last_group(layer, k0) - first_group(k0);
-        const int bytes = GATED && GATHER ? 0 : item.columns() * STEP + groups * scale_bytes(layer, item);
+        const int groups = 1 + last_group(layer, k0) - first_group(k0);
+        const int bytes = GATED ? 0 : item.columns() * STEP + groups * scale_bytes(layer, item);
         barrier_expect(full, item.parts * PART_BYTES + bytes);
-        if (!GATED && GATHER) barrier_arrive(full, 32 * GATHERERS);
+        if (!GATED) barrier_arrive(full, 32 * GATHERERS);
         u8* to = shared.matrices[stage];
 #pragma unroll
         for (int part = 0; part < PARTS; part++, to += PART_BYTES) {
@@ -108,25 +108,20 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
     arrive_with_copies(full);
 }
 
-// A step's tokens, sorted, or hidden columns, and their scales, by one thread.
-template <bool GATED>
-DEVICE void copy_rows(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
+// A step's hidden columns and their scales, by one thread.
+DEVICE void copy_hidden(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
     u64* full = &shared.full[stage];
     u8* to = shared.matrices[stage] + PARTS * PART_BYTES;
-    const TensorMap* map32 = GATED ? layer.tokens32 : layer.hidden32;
-    const TensorMap* map8 = GATED ? layer.tokens8 : layer.hidden8;
     const int rows = item.columns();
     int row = 0;
 #pragma unroll 1
-    for (; row + 32 <= rows; row += 32) copy_box(to + row * STEP, map32, k0, item.start + row, full);
+    for (; row + 32 <= rows; row += 32) copy_box(to + row * STEP, layer.hidden32, k0, item.start + row, full);
 #pragma unroll 1
-    for (; row < rows; row += 8) copy_box(to + row * STEP, map8, k0, item.start + row, full);
-    const float* scales = GATED ? layer.token_scale : layer.hidden_scale;
-    const int first = GATED ? k0 / STEP : first_group(k0);
-    const int last = GATED ? first : last_group(layer, k0);
+    for (; row < rows; row += 8) copy_box(to + row * STEP, layer.hidden8, k0, item.start + row, full);
+    const int first = first_group(k0), last = last_group(layer, k0);
 #pragma unroll 1
     for (int group = first; group <= last; group++) {
-        const float* from = scales + static_cast<long long>(group) * layer.positions + item.start;
+        const float* from = layer.hidden_scale + static_cast<long long>(group) * layer.positions + item.start;
         copy_bulk(shared.token_scales[stage][group - first], from, scale_bytes(layer, item), full);
     }
 }
@@ -152,9 +147,9 @@ DEVICE void copy_item(const Layer& layer, Shared& shared, const Item& item, int 
             ready = hidden_ready(layer, shared, item.hit, must);
             if (ready) fence_async_global();
         }
-        if (GATED && GATHER) continue;
+        if (GATED) continue;
         for (; ready && done <= k0; done += STEP, behind.advance()) {
-            if (lane == 0) copy_rows<GATED>(layer, shared, item, behind.stage, done);
+            if (lane == 0) copy_hidden(layer, shared, item, behind.stage, done);
         }
     }
 }

@@ -90,7 +90,7 @@ DEVICE void claim(const Layer& layer, Shared& shared, int count, int claimed) {
     for (int n = 0;; n++) {
         const int ticket = __shfl_sync(ALL, claimed, 0);
         Item item = find_item(layer, shared, count, ticket);
-        if (GATHER && item.gated) {
+        if (item.gated) {
             int* tokens = shared.tokens[n % (QUEUE + 1)];
             for (int i = lane; i < item.columns(); i += 32) {
                 tokens[i] = layer.token_of[item.start + min(i, item.tokens - 1)];

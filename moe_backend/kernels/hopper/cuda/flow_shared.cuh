@@ -29,7 +29,7 @@ struct Shared {
     float weight_scales[STAGES][PARTS * PART_SCALES];
     Item items[STAGES];
     Item queue[QUEUE];
-    int tokens[QUEUE + 1][GATHER ? MOST : 4];  // of items of the first GEMM; one may still be copied
+    int tokens[QUEUE + 1][MOST];  // of items of the first GEMM; one of them may still be copied
     Hit hits[EXPERTS + 1];
     float codes_per_unit[MOST];
     int warp_totals[THREADS / 32];
@@ -40,7 +40,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
 
 struct Layer {
     const TensorMap *w13, *w2;
-    const TensorMap *tokens32, *tokens8, *hidden32, *hidden8;  // boxes of 32 and of 8 positions
+    const TensorMap *hidden32, *hidden8;  // boxes of 32 and of 8 positions
     const float *w13_scale, *w2_scale;
     const u8* tokens;
     const float* token_scale;

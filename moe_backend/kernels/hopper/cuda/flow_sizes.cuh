@@ -14,7 +14,7 @@ constexpr int THREADS = CONSUMERS + 128;
 // Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
 constexpr int COPY_REGISTERS = 56;
 constexpr int REGISTERS = WARP_GROUPS == 2 ? 224 : WARP_GROUPS == 3 ? 152 : 104;
-constexpr int GATHERERS = GATHER ? 2 : 0;  // warps that bring tokens
+constexpr int GATHERERS = 2;             // warps that bring tokens
 constexpr int AT_ONCE = 64;              // columns of MMAs in a step that wait together for their scales
 constexpr int QUEUE = 2;                 // items claimed and not yet copied
 constexpr unsigned ALL = 0xFFFFFFFFu;    // lanes

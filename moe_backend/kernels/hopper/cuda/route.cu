@@ -3,13 +3,13 @@
 // A slot is one of a token's TOP_K choices. Those of local experts get positions: expert by expert, in order
 // of the slots, each expert's first a multiple of 4. So that no block waits for another, each counts for itself
 // how many slots every expert has, and how many of those come before its own. The last block writes the list
-// of tiles, an expert's slots in pieces of TILE; each other has `each` tokens, gives their slots positions and quantises them: per 128 columns, to
-// e4m3. If GATHER, tokens stay in their order, once each; else each goes to the positions of its slots.
+// of experts; each other has `each` tokens, gives their slots positions and quantises them, per 128 columns, to
+// e4m3; tokens without a local expert are left out.
 //
 // Nothing depends on the order in which threads run: what they add together are whole numbers.
 //
 // Compile-time constants: EXPERTS (local), NUM_IDS (ids from there on are left out, as -1 is), TOP_K, HAS_MAP,
-// IDS64, TILE (up to 2^30), GATHER, WEIGHT_ON_INPUT (with TOP_K 1).
+// IDS64, WEIGHT_ON_INPUT (with TOP_K 1).
 #include "common.cuh"
 
 constexpr int THREADS = 512;
@@ -93,23 +93,21 @@ DEVICE void count_slots(const Call& call, Shared& shared, int own) {
     __syncthreads();
 }
 
-// How many tiles there are, and of each three numbers: expert, first position, the expert's end position.
-DEVICE void list_tiles(Shared& shared, int* list) {
-    int tiles = 0;
+// How many experts have slots, and of each three numbers: expert, first position, end position.
+DEVICE void list_experts(Shared& shared, int* list) {
+    int hit = 0;
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
-        if (e < EXPERTS) tiles += (shared.total[e] + TILE - 1) / TILE;
+        hit += e < EXPERTS && shared.total[e] > 0;
     }
-    int n = sum_before(shared, tiles);
+    int n = sum_before(shared, hit);
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
-        if (e >= EXPERTS) break;
-        for (int first = 0; first < shared.total[e]; first += TILE) {
-            int* entry = list + 1 + 3 * n++;
-            entry[0] = e;
-            entry[1] = shared.start[e] + first;
-            entry[2] = shared.start[e] + shared.total[e];
-        }
+        if (e >= EXPERTS || shared.total[e] == 0) continue;
+        int* entry = list + 1 + 3 * n++;
+        entry[0] = e;
+        entry[1] = shared.start[e];
+        entry[2] = shared.start[e] + shared.total[e];
     }
     if (threadIdx.x == THREADS - 1) list[0] = n;
 }
@@ -128,7 +126,7 @@ DEVICE void place_slots(const Call& call, Shared& shared, int first_slot, int co
         if (inside) {
             shared.position[n + lane] = at;
             position[first_slot + n + lane] = at;
-            if (GATHER && at >= 0) token_of[at] = (first_slot + n + lane) / TOP_K;
+            if (at >= 0) token_of[at] = (first_slot + n + lane) / TOP_K;
         }
         __syncwarp();
     }
@@ -143,10 +141,9 @@ struct Piece {
     }
 };
 
-// A thread's eight columns as codes, with the scale that they share with those of 15 more threads; to the rows
-// of a token that are to have it.
-DEVICE void quantise(const Piece& piece, float weight, const int* positions, long long token, int column, int H,
-                     int scale_stride, u8* operand, float* operand_scale) {
+// A thread's eight columns as codes, with the scale that they share with those of 15 more threads.
+DEVICE void quantise(const Piece& piece, float weight, long long token, int column, int H, int tokens, u8* operand,
+                     float* operand_scale) {
     const u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
     float values[8], amax = 0.0f;
 #pragma unroll
@@ -158,31 +155,28 @@ DEVICE void quantise(const Piece& piece, float weight, const int* positions, lon
     }
 #pragma unroll
     for (int by = 1; by < 16; by *= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL, amax, by));
-    const float scale = amax > 0.0f ? amax / E4M3_MAX : 1.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = values[i] / scale;
-    const uint2 codes = {to_fp8(values[0], values[1], values[2], values[3]),
-                         to_fp8(values[4], values[5], values[6], values[7])};
     if (column >= H) return;
-    float* scales = operand_scale + static_cast<long long>(column / 128) * scale_stride;
+    // Bounded, so that 0 stays 0 also where amax is hardly a number.
+    const float codes_per_unit = amax > 0.0f ? fminf(E4M3_MAX / amax, 1e38f) : 1.0f;
 #pragma unroll
-    for (int k = 0; k < (GATHER ? 1 : TOP_K); k++) {
-        const long long row = GATHER ? token : positions[k];
-        if (row < 0) continue;
-        *reinterpret_cast<uint2*>(operand + row * H + column) = codes;
-        if (column % 128 == 0) scales[row] = scale;
+    for (int i = 0; i < 8; i++) values[i] *= codes_per_unit;
+    *reinterpret_cast<uint2*>(operand + token * H + column) = {to_fp8(values[0], values[1], values[2], values[3]),
+                                                               to_fp8(values[4], values[5], values[6], values[7])};
+    if (column % 128 == 0) {
+        const float scale = amax > 0.0f ? amax / E4M3_MAX : 1.0f;
+        operand_scale[static_cast<long long>(column / 128) * tokens + token] = scale;
     }
 }
 
 // x: `[tokens, H]` bf16, H a multiple of 8; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
 // topk_weights: `[tokens, 1]` if WEIGHT_ON_INPUT.
-// operand: e4m3 `[tokens, H]` if GATHER, else `[positions, H]`; operand_scale: `[H / 128, scale_stride]`.
-// position: `[tokens, TOP_K]`, -1 for slots that are left out; token_of: `[positions]` if GATHER.
+// operand: e4m3 `[tokens, H]`; operand_scale: `[H / 128, tokens]`.
+// position: `[tokens, TOP_K]`, -1 for slots that are left out; token_of: `[positions]`.
 // counters: so many zeros for the launch to come.
 KERNEL void __launch_bounds__(THREADS, 2) route(
     const u16* x, const void* ids, const int* expert_map, const float* topk_weights, u8* operand,
     float* operand_scale, int* position, int* token_of, int* list, int* counters, int num_counters, int tokens,
-    int each, int H, int scale_stride) {
+    int each, int H) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     wait_for_launches();
@@ -192,7 +186,7 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
     if (block == blocks) {
         for (int i = threadIdx.x; i < num_counters; i += THREADS) counters[i] = 0;
         count_slots(call, shared, 0);
-        list_tiles(shared, list);
+        list_experts(shared, list);
         return;
     }
     const int begin = block * each, end = min(begin + each, tokens), column = 8 * static_cast<int>(threadIdx.x);
@@ -213,11 +207,11 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
             for (int k = 0; k < TOP_K; k++) local = local || positions[k] >= 0;
             if (!local) continue;
             const float weight = WEIGHT_ON_INPUT ? topk_weights[token] : 1.0f;
-            quantise(piece, weight, positions, token, column, H, scale_stride, operand, operand_scale);
+            quantise(piece, weight, token, column, H, tokens, operand, operand_scale);
             for (int c = column + 8 * THREADS; c - column < H; c += 8 * THREADS) {
                 Piece more;
                 more.load(x, token, c, H);
-                quantise(more, weight, positions, token, c, H, scale_stride, operand, operand_scale);
+                quantise(more, weight, token, c, H, tokens, operand, operand_scale);
             }
         }
         __syncthreads();
