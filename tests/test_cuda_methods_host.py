@@ -1,0 +1,107 @@
+"""The methods in CUDA C++ as a layer calls them, with launches that run on a CPU.
+
+What the kernels do alone is in test_once_host.py, test_route_host.py and test_flow_host.py; here
+their arguments are those that `once.py`, `flow.py` and `route.py` give.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from cuda_host import driver
+
+from moe_backend.activation import Activation
+from moe_backend.kernels.cuda import launch
+from moe_backend.kernels.hopper import flow, kernel, once, route, tiles
+from moe_backend.kernels.hopper.tiles import Once
+from moe_backend.verify.metrics import difference
+from moe_backend.verify.problems import Case, build
+from moe_backend.verify.run import expected, passes
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+STEP = Activation.from_name("swiglustep")
+NARROW = {"w13_block": (32, 128), "w2_block": (128, 32)}
+SMS = 3
+POISON = 0x7F
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that ran."""
+    found = []
+
+    def start(kernel, grid, threads, arguments):
+        found.append(kernel.name)
+        library = driver.compile(kernel.source, dict(kernel.constants))
+        args = [encoded(argument) for argument in arguments]
+        # Boxes of hidden columns reach into the next expert's.
+        changing = kernel.name == "flow"
+        driver.launch(
+            library, kernel.name, grid, threads, kernel.shared, args, len(found),
+            sources_may_change=changing,
+        )  # fmt: skip
+
+    def carve(device, *sizes):
+        arrays = [torch.full((max(size, 1),), POISON, dtype=torch.uint8) for size in sizes]
+        return None, arrays
+
+    for module in (flow, once, route):
+        monkeypatch.setattr(module, "launch", start)
+    for module in (flow, once):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: SMS)
+    monkeypatch.setattr(flow, "carve", carve)
+    counters = torch.zeros(once.COUNTERS, dtype=torch.int32)
+    monkeypatch.setattr(once, "_counters", lambda w13: counters)
+    return found
+
+
+def encoded(argument):
+    if not isinstance(argument, launch.TensorMap):
+        return argument
+    memory, shape, strides, box = argument
+    return driver.tensor_map(memory.view(torch.uint8), shape, strides, box, 128)
+
+
+def check(problem, choice, **changes):
+    given = {"x": problem.x, "topk_weights": problem.topk_weights, "topk_ids": problem.topk_ids}
+    given |= {"expert_map": problem.expert_map, **changes}
+    out = kernel.run(problem.layer, problem.weights.tensors(), **given, choice=choice)
+    groups = choice.activation_groups(problem.layer)
+    found = difference(out, expected(problem, groups))
+    assert passes(found, problem.case, quantised=groups is not None), found
+    return out
+
+
+def case(name, **more):
+    return build(Case(name, STEP, hidden_size=256, **{"intermediate_size": 160, **more}))
+
+
+@pytest.mark.parametrize("layout", ["unsharded", "ep", "dropped"])
+def test_flow(launches, layout):
+    problem = case("fp8_block", layout=layout, tokens=40, **NARROW)
+    first = check(problem, tiles.flow(problem.layer, 16, 2, 1))
+    assert launches == ["route", "flow", "combine"]
+    again = check(problem, tiles.flow(problem.layer, 32, 2, 2), topk_ids=problem.topk_ids.long())
+    assert difference(again, first).within(2e-2)
+
+
+def test_flow_of_what_lies_askew(launches):
+    """Inputs that are not contiguous, or begin between multiples of 16 bytes."""
+    problem = case("fp8_block", layout="ep", tokens=9, **NARROW)
+    shifted = torch.empty(problem.x.numel() + 1, dtype=problem.x.dtype)[1:].view(problem.x.shape)
+    shifted.copy_(problem.x)
+    weights = problem.topk_weights.repeat_interleave(2, 1)[:, ::2]
+    check(problem, tiles.flow(problem.layer, 16, 2, 1), x=shifted, topk_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("fp8_block", NARROW), ("nvfp4", {"intermediate_size": 256}), ("bf16", {})],
+    ids=["fp8_block", "nvfp4", "bf16"],
+)
+def test_once(launches, name, more):
+    check(case(name, layout="ep", tokens=5, **more), Once(1))
+    assert launches == ["moe_once"]
