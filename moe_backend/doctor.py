@@ -67,7 +67,8 @@ def _cuda_cpp() -> str:
     missing = build.missing()
     if missing:
         return f"not compiled: {missing}; other kernels run in their place"
-    return f"can be compiled; kept in {build.folder()}"
+    kept = build.folder()
+    return f"can be compiled; {f'kept in {kept}' if kept else 'not kept: there is no home folder'}"
 
 
 def _accelerator() -> str:

@@ -7,6 +7,7 @@ import re
 import struct
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
-from moe_backend.kernels.hopper import flow, kernel, methods, once, tiles
+from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, tiles
 from moe_backend.kernels.hopper.tiles import Few, Flow, Once
 
 missing = build.missing()
@@ -237,6 +238,48 @@ def test_the_folder(monkeypatch, tmp_path):
     assert build.folder() == tmp_path / ".cache" / "moe-backend" / "cuda"
 
 
+@compiles
+def test_without_a_home_nothing_is_kept(source, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert build.folder() is None
+    for _ in range(2):
+        code, anew = build.machine_code(source, {"FACTOR": 2}.items())
+        assert anew
+    build.forget(source, {"FACTOR": 2}.items())
+    assert b"small" in code
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ((0, 12080), r"the driver is for CUDA 12\.8, NVRTC is 13\.\d"),
+        ((0, 13000), None),
+        ((0, 14020), None),
+        ((0, 0), None),
+        ((999, 0), None),
+        (RuntimeError("no driver"), None),
+    ],
+)
+def test_a_driver_older_than_the_compiler_is_seen(found, wanted, monkeypatch):
+    from cuda.bindings import driver
+
+    def version():
+        if isinstance(found, Exception):
+            raise found
+        return driver.CUresult(found[0]), found[1]
+
+    monkeypatch.setattr(driver, "cuDriverGetVersion", version)
+    build.missing.cache_clear()
+    said = build.missing()
+    build.missing.cache_clear()
+    assert said is wanted is None or re.fullmatch(wanted, said)
+
+
 # --- Which calls they run -------------------------------------------------------------------------
 
 
@@ -304,6 +347,7 @@ def test_stages_fill_shared_memory(tile):
 DEFAULTS = {
     "step-3.5-ep8": {2: Few, 3: Once, 8: Once, 9: Flow, 1024: Flow},
     "step-3.5-tp8-even": {2: Few, 8: Once, 64: Flow, 4096: Flow},
+    "step-3.5-tp1": {1: Few, 2: Once, 8: Once, 9: Flow},  # 2 tokens hit too much for Few
     "deepseek-v4-flash-ep8": {1: Once, 8: Once},
     "minimax-m3-ep4": {1: Once, 8: Once},
 }
@@ -360,3 +404,12 @@ def test_the_log_line_says_what_is_lacking(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: "cuda-bindings is not installed")
     said = kernel.HopperKernel().preference(EP8)
     assert said.endswith("without its CUDA C++ methods: cuda-bindings is not installed")
+    assert "; few to 4 tokens, tiles to " in said
+
+
+def test_the_log_line_says_which_method_runs_with_how_many_tokens(monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: None)
+    choose.forget()
+    said = kernel.HopperKernel().preference(EP8)
+    assert said.endswith("; few to 2 tokens, once to 8 tokens, flow to 2,160 tokens, prefill")
+    choose.forget()

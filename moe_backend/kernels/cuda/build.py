@@ -2,8 +2,8 @@
 
 A source is compiled once for each set of constants. The machine code is kept under
 `$XDG_CACHE_HOME/moe-backend/cuda` (else `~/.cache/...`), named by a hash of all that it is made of.
-Deleting the folder is always safe, and one that cannot be written only means that the next start
-compiles again.
+Deleting the folder is always safe, and one that cannot be written, or a user without a home, only
+means that the next start compiles again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ ARCHITECTURE = "sm_90a"  # wgmma and setmaxnreg are in no other
 Constants = Iterable[tuple[str, int]]  # macros and their values
 
 
-def folder() -> Path:
-    """Where machine code is kept from one start to the next."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def folder() -> Path | None:
+    """Where machine code is kept from one start to the next, if anywhere."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in the list of users
+        return None
     return Path(root) / "moe-backend" / "cuda"
 
 
@@ -32,14 +35,32 @@ def missing() -> str | None:
     try:
         from cuda.bindings import driver, nvrtc
 
-        error, *_ = nvrtc.nvrtcVersion()
+        error, *version = nvrtc.nvrtcVersion()
     except ImportError:
         return "cuda-bindings is not installed"
     except Exception as error:  # the bindings raise what their loader raises
         return f"NVRTC cannot be loaded ({error})"
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS or not hasattr(driver, "cuLibraryLoadData"):
         return "the bindings are not those of CUDA 12 or newer"
+    known = _driver_version()
+    if known is not None and known[0] < version[0]:
+        # Machine code runs on drivers of its major version, and on newer ones (CUDA
+        # Compatibility guide, "minor version compatibility").
+        return f"the driver is for CUDA {known[0]}.{known[1]}, NVRTC is {version[0]}.{version[1]}"
     return None
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The CUDA that the driver is for; None where there is no driver, and so nothing to launch."""
+    from cuda.bindings import driver
+
+    try:
+        error, number = driver.cuDriverGetVersion()
+    except Exception:  # as the bindings' loader
+        return None
+    if error != driver.CUresult.CUDA_SUCCESS or not number:
+        return None
+    return number // 1000, number % 1000 // 10
 
 
 def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
@@ -52,6 +73,8 @@ def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
     """
     options = _options(constants)
     kept = _kept(source, options)
+    if kept is None:
+        return _compile(source, options)[0], True
     with contextlib.suppress(OSError):
         return kept.read_bytes(), False
     code, _ = _compile(source, options)
@@ -66,8 +89,10 @@ def machine_code(source: Path, constants: Constants) -> tuple[bytes, bool]:
 
 def forget(source: Path, constants: Constants) -> None:
     """Delete what `machine_code` has kept, where that could not be loaded."""
-    with contextlib.suppress(OSError):
-        _kept(source, _options(constants)).unlink()
+    kept = _kept(source, _options(constants))
+    if kept is not None:
+        with contextlib.suppress(OSError):
+            kept.unlink()
 
 
 def _options(constants: Constants) -> list[str]:
@@ -75,10 +100,13 @@ def _options(constants: Constants) -> list[str]:
     return [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *defines]
 
 
-def _kept(source: Path, options: list[str]) -> Path:
+def _kept(source: Path, options: list[str]) -> Path | None:
+    where = folder()
+    if where is None:
+        return None
     parts = [source.read_text(), *_headers(source.parent).values(), *options, str(_version())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    return folder() / f"{source.stem}-{key}.cubin"
+    return where / f"{source.stem}-{key}.cubin"
 
 
 @cache

@@ -6,7 +6,8 @@ would take longer than the rest, and by token count.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from itertools import groupby
 
 import torch
 
@@ -35,6 +36,13 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
     return choice
 
 
+@lru_cache
+def ranges(layer: LayerConfig, most: int = 16384) -> tuple[tuple[str, int], ...]:
+    """The methods that run calls with 1 to `most` tokens, each with the last such count."""
+    names = groupby(range(1, most + 1), lambda n: methods.name_of(choose(layer, n)))
+    return tuple((name, max(counts)) for name, counts in names)
+
+
 def tuned_rows(layer: LayerConfig) -> int:
     """How many rows of the tables in use are this layer's."""
     return len(_rows(layer))
@@ -43,6 +51,7 @@ def tuned_rows(layer: LayerConfig) -> int:
 def forget() -> None:
     """Read the tables again at the next call."""
     _answers.clear()
+    ranges.cache_clear()
     _tables.cache_clear()
     gpu_name.cache_clear()
 

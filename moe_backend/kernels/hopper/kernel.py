@@ -14,7 +14,7 @@ from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weig
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import few, flow, once, prefill, stream, tiled, wide
-from moe_backend.kernels.hopper.choose import choose, tuned_rows
+from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
 from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Prefill, Stream, Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
@@ -45,9 +45,11 @@ class HopperKernel:
     def preference(self, layer: LayerConfig) -> str:
         rows = tuned_rows(layer)
         tuned = f", {rows} tuned rows" if rows else ""
+        *some, (last, _) = ranges(layer)
+        by_tokens = ", ".join([*(f"{name} to {most:,} tokens" for name, most in some), last])
         lacks = build.missing()
         without = f", without its CUDA C++ methods: {lacks}" if lacks else ""
-        return f"fastest on Hopper of the kernels here{tuned}{without}"
+        return f"fastest on Hopper of the kernels here; {by_tokens}{tuned}{without}"
 
     def activation_groups(self, layer: LayerConfig, tokens: int) -> tuple[int, int] | None:
         slice_of_call = min(tokens, slice_tokens(layer, PARTIAL_ELEMENTS))

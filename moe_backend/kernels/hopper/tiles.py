@@ -227,7 +227,7 @@ STREAM_STAGES = {8: 5, 16: 4, 32: 3}
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
     """The method for a call with this many tokens, and its numbers."""
-    if _once(layer, tokens):
+    if tokens >= ONCE_FROM.get(layer.format, 1) and _once(layer, tokens):
         return Once(1)
     most = FEW_TOKENS_NARROW if layer.intermediate_size <= NARROW else FEW_TOKENS
     slots = tokens * layer.top_k
@@ -235,6 +235,8 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
         weights = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8
         if slots * layer.num_local_experts / layer.num_experts * weights <= FEW_BYTES:
             return few(layer, tokens)
+    if _once(layer, tokens):
+        return Once(1)
     flowing = _flowing(layer, tokens)
     if flowing is not None:
         return flowing
@@ -243,9 +245,8 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
 
 
 def _once(layer: LayerConfig, tokens: int) -> bool:
-    """Whether one launch does it all."""
-    least = ONCE_FROM.get(layer.format, 1)
-    fits = least <= tokens <= 8 and all(holds for holds, _ in once_needs(layer, 1))
+    """Whether one launch can do it all."""
+    fits = tokens <= 8 and all(holds for holds, _ in once_needs(layer, 1))
     return fits and build.missing() is None
 
 
