@@ -33,7 +33,7 @@ FLOW = (
     Case("fp8_block", STEP, hidden_size=1024, intermediate_size=640),
     Case("fp8_block", STEP, hidden_size=1024, intermediate_size=160, **NARROW),
 )
-TILES = ((8, 2, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (128, 2, 2))
+TILES = ((8, 2, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (128, 2, 2), (128, 3, 1))
 
 
 @pytest.fixture(autouse=True)
