@@ -48,6 +48,10 @@ class Activation:
     beta: float = SWIGLUOAI_BETA
 
     def __post_init__(self) -> None:
+        # A checkpoint's config may have whole numbers, which kernels would not take for floats.
+        for name in ("limit", "alpha", "beta"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
         if self.kind is ActivationKind.SILU:
             if self.limit is not None:
                 raise ValueError(

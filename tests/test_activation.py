@@ -88,3 +88,11 @@ def test_swiglustep_equals_vllm():
         op = activations.SwigluStepAndMul(limit=7.0)
     mine = Activation.from_name("swiglustep")(*x.chunk(2, dim=-1))
     assert torch.allclose(op.forward_native(x), mine, rtol=1e-6)
+
+
+def test_constants_are_floats_whatever_the_config_has():
+    """An int reaches a kernel's float argument as other bits."""
+    activation = Activation.from_name("swigluoai_uninterleave", limit=7, alpha=2, beta=1)
+    constants = (activation.limit, activation.alpha, activation.beta)
+    assert constants == (7, 2, 1)
+    assert all(type(constant) is float for constant in constants)

@@ -381,6 +381,13 @@ def test_tiles_of_flow(name, tokens, tile, monkeypatch):
     assert tiles.choose(layer, tokens) == tiles.flow(layer, *tile)
 
 
+def test_slots_beyond_what_the_routing_is_for_get_another_method(monkeypatch):
+    monkeypatch.setattr(build, "missing", lambda: None)
+    layer = replace(SHAPES["step-3.5-tp8-even"].layer(), hidden_size=1024)
+    assert isinstance(tiles.choose(layer, 16384), Flow)
+    assert not isinstance(tiles.choose(layer, 16385), Flow)
+
+
 def test_a_layer_that_they_cannot_take_gets_another_method(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: None)
     changed = [

@@ -89,12 +89,15 @@ def test_flow(launches, layout):
 
 
 def test_flow_of_what_lies_askew(launches):
-    """Inputs that are not contiguous, or begin between multiples of 16 bytes."""
+    """Inputs that are not contiguous, begin between multiples of 16 bytes, or of other dtypes."""
     problem = case("fp8_block", layout="ep", tokens=9, **NARROW)
     shifted = torch.empty(problem.x.numel() + 1, dtype=problem.x.dtype)[1:].view(problem.x.shape)
     shifted.copy_(problem.x)
     weights = problem.topk_weights.repeat_interleave(2, 1)[:, ::2]
-    check(problem, tiles.flow(problem.layer, 16, 2, 1), x=shifted, topk_weights=weights)
+    check(
+        problem, tiles.flow(problem.layer, 16, 2, 1), x=shifted, topk_weights=weights,
+        topk_ids=problem.topk_ids.short(), expert_map=problem.expert_map.long(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ CASES = {
     "gathered": Case(33, 8, 24, 24, 4224, 7, mapped=False),
     "many experts": Case(20, 6, 700, 600, 64, 20),
     "rounds": Case(150, 8, 20, 11, 64, 140),
+    "nothing here": Case(5, 2, 300, 1, 128, 2),
+    "many slots": Case(6, 40, 64, 64, 64, 4, mapped=False),
+    "long rows": Case(3, 8, 1024, 1024, 8256, 2, mapped=False),
+    "weights first": Case(9, 1, 4, 4, 192, 4, mapped=False, weight_on_input=True),
 }
 
 
@@ -112,7 +116,10 @@ def test_route(name: str, seed: int) -> None:
     assert (operand[~routed] == POISON).all()
     assert scale[:, ~routed].isnan().all()
     torch.testing.assert_close(scale[:, routed].T, scales[routed], rtol=1e-6, atol=0)
-    assert (operand[routed] == codes[routed]).float().mean() > 0.999  # but a few on the edge
+    same = (operand[routed] == codes[routed]).float()
+    assert (
+        same.numel() == 0 or same.mean() > 0.995
+    )  # but those on the edge, where 448 / amax rounds
     spread = scales[routed].repeat_interleave(128, 1)[:, :h].double()
     coded = operand[routed].view(E4M3).double() * spread
     torch.testing.assert_close(coded, value[routed].double(), rtol=0.07, atol=0.01)

@@ -322,4 +322,3 @@ inline int add_relaxed(int* p, int value) {
     return before;
 }
 inline int add_release(int* p, int value) { return add_relaxed(p, value); }
-inline void publish(int* p, int value) { add_relaxed(p, value); }

@@ -1,7 +1,7 @@
 """Launches of kernels in CUDA C++ on PyTorch's current stream. Safe in a CUDA graph.
 
 A launch may start while what is before it still runs (programmatic dependent launch): the kernel
-waits for that itself before it reads what others write.
+waits for that itself before it writes, and before it reads what the launch before it writes.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ class _Prepared:
     ) -> None:
         from cuda.bindings import driver
 
+        torch.cuda.set_device(index)  # a thread that has done nothing with it yet has no context
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = _checked(driver.cuDeviceGet(index))
         _checked(driver.cuKernelSetAttribute(most, kernel.shared, handle, device))

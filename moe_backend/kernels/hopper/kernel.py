@@ -111,6 +111,11 @@ def run(
         choice: another method or other tiles than the table's.
     """
     choice = choice or choose(layer, len(x))
+    # Kernels in CUDA C++ read whole numbers of these sizes.
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        topk_ids = topk_ids.int()
+    if expert_map is not None and expert_map.dtype != torch.int32:
+        expert_map = expert_map.int()
     if isinstance(choice, Few):
         return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Prefill):

@@ -208,11 +208,13 @@ ENOUGH_TILES = 528
 ONCE_FROM = {Fp8BlockWeights.name: 3}
 ONCE_WARPS = 16  # that multiply
 ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
-# Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles have 384 rows
-# of weights and not 256; intermediate sizes of shards that flow beyond. Measured from 0.4 to 114.
+# Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles of up to 64
+# tokens have 384 rows of weights and not 256; intermediate sizes of shards that flow beyond, and up
+# to how many slots, since every block of the routing looks through all. Measured from 0.4 to 228.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
 FLOW_NARROW = 256
+FLOW_MOST_SLOTS = 1 << 17
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
 MANY, MANY_NARROW = 14, 20
 WIDE = 24  # and for NVFP4
@@ -257,7 +259,7 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
         return None
     narrow = layer.intermediate_size <= FLOW_NARROW
     tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
-    if tile > 64 and not narrow:
+    if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
         return None  # tokens first
     if tile <= 64:  # long items, but not where there are few experts to work on
         choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)

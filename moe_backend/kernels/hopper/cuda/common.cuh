@@ -94,15 +94,15 @@ DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u,
 DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// One fp32 number, and an arrival at `barrier` once all such copies of this thread are there: an
-// arrival that the barrier's count must include.
+// One fp32 number.
 DEVICE void copy_float(float* to, const float* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-// 16 bytes in the same way, aligned; or zeros.
+// 16 bytes, aligned; or zeros.
 DEVICE void copy_sixteen(void* to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+// An arrival, which the barrier's count must include, once all such copies of this thread are there.
 DEVICE void arrive_with_copies(u64* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

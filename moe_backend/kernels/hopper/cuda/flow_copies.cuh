@@ -1,4 +1,4 @@
-// flow.cu: the warp that keeps the ring filled.
+// flow.cu: the warps that keep the ring filled.
 #pragma once
 
 #include "flow_items.cuh"
@@ -142,14 +142,15 @@ DEVICE void copy_item(const Layer& layer, Shared& shared, const Item& item, int 
         if (k0 == 0 && lane == 0) shared.items[ring.stage] = item;
         copy_weights<GATED>(layer, shared, item, ring.stage, k0);
         ring.advance();
-        if (!GATED && !ready) {
-            const bool must = k0 + STEP >= depth || k0 + STEP - done == STAGES * STEP;
-            ready = hidden_ready(layer, shared, item.hit, must);
-            if (ready) fence_async_global();
-        }
-        if (GATED) continue;
-        for (; ready && done <= k0; done += STEP, behind.advance()) {
-            if (lane == 0) copy_hidden(layer, shared, item, behind.stage, done);
+        if constexpr (!GATED) {
+            if (!ready) {
+                const bool must = k0 + STEP >= depth || k0 + STEP - done == STAGES * STEP;
+                ready = hidden_ready(layer, shared, item.hit, must);
+                if (ready) fence_async_global();
+            }
+            for (; ready && done <= k0; done += STEP, behind.advance()) {
+                if (lane == 0) copy_hidden(layer, shared, item, behind.stage, done);
+            }
         }
     }
 }

@@ -83,7 +83,7 @@ DEVICE bool hidden_ready(const Layer& layer, const Shared& shared, int hit, bool
 }
 
 // Claims the next item when the last steps of the one before are about to be copied, or with items of few
-// steps one item earlier: it takes about as long as copying two steps. Lane 0 brings the first claim, so
+// steps one item earlier: it takes about as long as copying two or three steps. Lane 0 brings the first claim, so
 // that a block which does not run yet has nothing that others wait for.
 DEVICE void claim(const Layer& layer, Shared& shared, int count, int claimed) {
     const int lane = threadIdx.x % 32;

@@ -41,7 +41,7 @@ DEVICE void multiply(float (&products)[N / 2], u64 weights, u64 tokens, int colu
     wgmma_touch(products);
 }
 
-// A part's products of one step, all sub-steps' at once.
+// A part's products of one step, each sub-step's scaled, all at once.
 template <int N, bool GATED>
 DEVICE void add_step_at_once(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
                              const float* token_scales, int k0, int depth) {
@@ -68,17 +68,12 @@ DEVICE void add_step_at_once(float (&sums)[N / 2], u64 weights, u64 tokens, cons
     wgmma_touch(sums);  // before the next products overwrite these
 }
 
-// A part's products of one step, whose columns begin with k0. Sub-steps that follow each other with the same
-// scales are summed before they are scaled: in a shard off the block grid most have the scale of their
-// neighbour, whose block they are in.
+// The same, but that sub-steps which follow each other with the same scales are summed before they are scaled: in
+// a shard off the block grid most have the scale of their neighbour, whose block they are in.
 template <int N, bool GATED>
-DEVICE void add_step(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
+DEVICE void add_step_in_runs(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
                      const float* token_scales, int k0, int depth) {
     constexpr int SUB = GATED ? SUB13 : SUB2, MANY = STEP / SUB;
-    if constexpr (MANY > 1 && MANY * N <= AT_ONCE) {
-        add_step_at_once<N, GATED>(sums, weights, tokens, weight_scales, token_scales, k0, depth);
-        return;
-    }
     const int subs = min(MANY, ceil_div(depth - k0, SUB));
 #pragma unroll 1
     for (int sub = 0; sub < (MANY == 1 ? 1 : subs);) {
@@ -107,5 +102,18 @@ DEVICE void add_step(float (&sums)[N / 2], u64 weights, u64 tokens, const float*
         add_scaled<N>(sums, products, scale, scale8, token_scales + group * MOST);
         wgmma_touch(sums);  // before the next products overwrite these
         sub += run;
+    }
+}
+
+// A part's products of one step, whose columns begin with k0. So a token's last bits may depend on how many
+// others of its expert are in the tile, though not on which.
+template <int N, bool GATED>
+DEVICE void add_step(float (&sums)[N / 2], u64 weights, u64 tokens, const float* weight_scales,
+                     const float* token_scales, int k0, int depth) {
+    constexpr int MANY = STEP / (GATED ? SUB13 : SUB2);
+    if constexpr (MANY > 1 && MANY * N <= AT_ONCE) {
+        add_step_at_once<N, GATED>(sums, weights, tokens, weight_scales, token_scales, k0, depth);
+    } else {
+        add_step_in_runs<N, GATED>(sums, weights, tokens, weight_scales, token_scales, k0, depth);
     }
 }

@@ -6,7 +6,7 @@
 struct alignas(16) Item {
     int parts;   // 0: there are no more
     int gated;   // of the first GEMM
-    int ready;   // its tokens are there
+    int ready;   // its hidden columns are there, or it needs none
     int hit;     // number of the expert in the list
     int expert;
     int block;   // of hidden columns, or of output rows
