@@ -348,6 +348,7 @@ DEFAULTS = {
     "step-3.5-ep8": {2: Few, 3: Once, 8: Once, 9: Flow, 1024: Flow},
     "step-3.5-tp8-even": {2: Few, 8: Once, 64: Flow, 4096: Flow},
     "step-3.5-tp1": {1: Few, 2: Once, 8: Once, 9: Flow},  # 2 tokens hit too much for Few
+    "deepseek-v3-ep8": {1: Few, 4: Few, 8: Flow},  # hidden 7168
     "deepseek-v4-flash-ep8": {1: Once, 8: Once},
     "minimax-m3-ep4": {1: Once, 8: Once},
 }

@@ -1,7 +1,8 @@
 """The host side of the Hopper kernels. Safe to capture in a CUDA graph.
 
-FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant),
-with few tokens bf16 ones, as NVFP4 and bf16 weights do always.
+FP8 weights meet FP8 activations (W8A8, per token and 128 columns, as the checkpoints are meant, and
+hidden columns in groups of the method's own), with few tokens bf16 ones, as NVFP4 and bf16 weights
+do always.
 """
 
 from __future__ import annotations

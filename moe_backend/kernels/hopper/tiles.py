@@ -206,6 +206,9 @@ ENOUGH_TILES = 528
 # Tokens from which one launch wins over two of matrix-vector products; from one on with other
 # formats. Tuned rows say otherwise here and there.
 ONCE_FROM = {Fp8BlockWeights.name: 3}
+# Hidden columns up to which it was found faster. Beyond, tokens leave less shared memory for
+# weights: at 7,168 it takes 131 us with FP8 and 8 tokens, where `Tiles` takes 98.
+ONCE_HIDDEN = {Fp8BlockWeights.name: 4096, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
 ONCE_WARPS = 16  # that multiply
 ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles of up to 64
@@ -248,7 +251,11 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
 
 def _once(layer: LayerConfig, tokens: int) -> bool:
     """Whether one launch can do it all."""
-    fits = tokens <= 8 and all(holds for holds, _ in once_needs(layer, 1))
+    fits = (
+        tokens <= 8
+        and layer.hidden_size <= ONCE_HIDDEN[layer.format]
+        and all(holds for holds, _ in once_needs(layer, 1))
+    )
     return fits and build.missing() is None
 
 
