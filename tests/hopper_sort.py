@@ -50,7 +50,7 @@ def check(tokens, top_k, experts, local_experts, hidden, dtype=torch.int32):
     )
     sort_device.place_kernel[(cdiv(local_experts, columns),)](
         counts, base, tiles, local_experts, chunks, CHUNKS=next_power(chunks), BINS=bins,
-        COLUMNS=columns, PROGRAMS=cdiv(local_experts, columns), TOKENS=TILE, PDL=False,
+        COLUMNS=columns, TOKENS=TILE, PDL=False,
     )  # fmt: skip
     operand = torch.full((positions, hidden), float("nan"))
     scale = torch.full((cdiv(hidden, 128), positions), float("nan"))

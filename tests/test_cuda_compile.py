@@ -156,16 +156,16 @@ def test_arguments_are_laid_out_as_the_driver_reads_them(monkeypatch):
     map_of_it = launch.TensorMap(tensor, (128, 4), (128,), (128, 4))
     monkeypatch.setattr(launch, "_encoded", lambda address, *_: struct.pack("=16Q", *range(16)))
     given = [3, map_of_it, 0.5, launch.Memory(1 << 40), tensor, -1]
-    buffer, pointers = launch._room(given)
-    buffer.pack(given)
+    packing = launch._Packing(given)
+    packing.pack(given)
     sizes = ["i", "16Q", "f", "Q", "Q", "i"]
     found = [
         struct.unpack("=" + size, ctypes.string_at(pointer, struct.calcsize("=" + size)))
-        for size, pointer in zip(sizes, pointers, strict=True)
+        for size, pointer in zip(sizes, packing.pointers, strict=True)
     ]
     assert found == [(3,), tuple(range(16)), (0.5,), (1 << 40,), (tensor.data_ptr(),), (-1,)]
     with pytest.raises(struct.error):
-        buffer.pack([0.5, *given[1:]])
+        packing.pack([0.5, *given[1:]])
 
 
 # --- What is compiled -----------------------------------------------------------------------------

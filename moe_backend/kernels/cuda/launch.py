@@ -142,25 +142,20 @@ def _handle(kernel: Kernel, code: bytes) -> Any:
     return _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()), doing)
 
 
-class _Buffer:
-    """Memory that arguments of these kinds are packed into."""
+class _Packing:
+    """Where arguments of these kinds lie for the driver, each from a multiple of 8 bytes on."""
 
-    def __init__(self, layout: str) -> None:
-        self.format = struct.Struct(layout)
+    def __init__(self, arguments: Sequence[Argument]) -> None:
+        layouts = ["=" + _layout(argument) for argument in arguments]
+        self.format = struct.Struct("=" + "".join(layout[1:] for layout in layouts))
         self.bytes = ctypes.create_string_buffer(self.format.size)
+        sizes = map(struct.calcsize, layouts[:-1])
+        starts = accumulate(sizes, initial=ctypes.addressof(self.bytes))
+        self.pointers = (ctypes.c_void_p * len(layouts))(*starts)
 
     def pack(self, arguments: Sequence[Argument]) -> None:
         """Raises struct.error for an argument of another kind."""
         self.format.pack_into(self.bytes, 0, *[_packed(argument) for argument in arguments])
-
-
-def _room(arguments: Sequence[Argument]) -> tuple[_Buffer, list[int]]:
-    """A buffer for such arguments, and the address of each: a multiple of 8 bytes from the last."""
-    layouts = [_layout(argument) for argument in arguments]
-    buffer = _Buffer("=" + "".join(layouts))
-    sizes = [struct.calcsize("=" + layout) for layout in layouts]
-    starts = accumulate(sizes[:-1], initial=ctypes.addressof(buffer.bytes))
-    return buffer, list(starts)
 
 
 class _Prepared:
@@ -182,17 +177,16 @@ class _Prepared:
         self.config.sharedMemBytes = kernel.shared
         self.config.attrs = [_overlapped()]
         self.config.numAttrs = 1
-        self.buffer, pointers = _room(arguments)
-        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+        self.packing = _Packing(arguments)
 
     def start(self, grid: int, threads: int, arguments: Sequence[Argument], stream: int) -> Any:
         """The driver's answer."""
         from cuda.bindings import driver
 
-        self.buffer.pack(arguments)
+        self.packing.pack(arguments)
         self.config.gridDimX, self.config.blockDimX = grid, threads
         self.config.hStream = driver.CUstream(stream)
-        pointers = ctypes.addressof(self.pointers)
+        pointers = ctypes.addressof(self.packing.pointers)
         return driver.cuLaunchKernelEx(self.config, self.handle, pointers, 0)
 
 

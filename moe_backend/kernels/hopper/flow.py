@@ -10,6 +10,7 @@ import torch
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.route import Routed, combine, route
+from moe_backend.kernels.hopper.sorted_tokens import positions_of
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
 from moe_backend.kernels.registry import LayerConfig
@@ -36,8 +37,7 @@ def run(
     sms = multiprocessors(w13.device)
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     kernel = _kernel(layer, choice)
-    # Every expert's positions begin with a multiple of 4.
-    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
+    positions = positions_of(layer, slots)
     groups = cdiv(i, 32 * choice.groups * choice.blocks)
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (

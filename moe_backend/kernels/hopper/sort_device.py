@@ -56,8 +56,8 @@ def _take_down(flags, num_flags, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["chunks"])
 def place_kernel(
     counts, base, tiles, num_local, chunks,
-    CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
-    TOKENS: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`base[chunk, e]`: position of a chunk's first slot of expert e, for COLUMNS of the experts.
 
@@ -70,9 +70,9 @@ def place_kernel(
     own = tl.program_id(0)
     position = 0
     tile = 0
-    for b in tl.static_range(PROGRAMS - 1):  # unrolled, so that all are on their way at once
+    for b in range(own):
         e = b * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (chunk < chunks) & (e < tl.where(b < own, num_local, 0))[None, :]
+        inside = (chunk < chunks) & (e < num_local)[None, :]
         total = tl.sum(tl.load(counts + chunk * BINS + e[None, :], mask=inside, other=0), 0)
         position += tl.sum((total + 3) // 4 * 4, 0)
         tile += tl.sum((total + TOKENS - 1) // TOKENS, 0)

@@ -40,6 +40,11 @@ class SortedTokens:
     weights: torch.Tensor
 
 
+def positions_of(layer: LayerConfig, slots: int) -> int:
+    """Room for so many slots whichever experts they go to, each from a multiple of 4 on."""
+    return cdiv(slots + 3 * min(layer.num_local_experts, slots), 4) * 4
+
+
 def sort(
     layer: LayerConfig,
     x: torch.Tensor,
@@ -59,31 +64,29 @@ def sort(
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
-    width = h if fp8 else cdiv(h, 256) * 256
-    position = empty(slots, dtype=torch.int32)
-    tiles = empty(1 + 3 * (slots // TILE_TOKENS + e), dtype=torch.int32)
-    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
-    x, ids = x.contiguous(), topk_ids.contiguous()
-    weights = topk_weights.float().contiguous()
+    positions = positions_of(layer, slots)
     chunks = cdiv(slots, CHUNK)
     bins = triton.next_power_of_2(e + 1)
     columns = min(64, bins)
-    programs = cdiv(e, columns)
-    local, rank = empty(2, slots, dtype=torch.int32)
+    width = h if fp8 else cdiv(h, 256) * 256
+    local, rank, position = empty(3, slots, dtype=torch.int32)
     counts, base = empty(2, chunks, bins, dtype=torch.int32)
+    tiles = empty(1 + 3 * (slots // TILE_TOKENS + e), dtype=torch.int32)
+    operand = empty(positions, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    scale = empty(cdiv(h, 128) if fp8 else 0, positions, dtype=torch.float32)
+    ids = topk_ids.contiguous()
+    weights = topk_weights.float().contiguous()
     sort_device.rank_kernel[(chunks,)](
         ids, ids if expert_map is None else expert_map, local, rank, counts, slots,
         e if expert_map is None else layer.num_experts, HAS_MAP=expert_map is not None,
         CHUNK=CHUNK, BINS=bins, num_warps=4, PDL=True,
     )  # fmt: skip
-    sort_device.place_kernel[(programs,)](
+    sort_device.place_kernel[(cdiv(e, columns),)](
         counts, base, tiles, e, chunks, CHUNKS=triton.next_power_of_2(chunks), BINS=bins,
-        COLUMNS=columns, PROGRAMS=programs, TOKENS=TILE_TOKENS, num_warps=8, **PDL,
+        COLUMNS=columns, TOKENS=TILE_TOKENS, num_warps=8, **PDL,
     )  # fmt: skip
     sort_device.permute_kernel[(tokens,)](
-        x, weights, local, rank, base, position, operand, scale, h, width, positions,
+        x.contiguous(), weights, local, rank, base, position, operand, scale, h, width, positions,
         QUANTISED=fp8, WEIGHT_ON_INPUT=layer.apply_router_weight_on_input,
         TOP_K=top_k, CHUNK=CHUNK, BINS=bins, GROUPS=triton.next_power_of_2(cdiv(width, 128)),
         num_warps=4, **PDL,
@@ -117,7 +120,7 @@ def sort_at_once(
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    positions = cdiv(slots + 3 * min(e, slots), 4) * 4
+    positions = positions_of(layer, slots)
     position = empty(slots, dtype=torch.int32)
     tiles = empty(1 + 4 * min(slots, slots // tile_tokens + e), dtype=torch.int32)
     operand = empty(positions, width, dtype=x.dtype)

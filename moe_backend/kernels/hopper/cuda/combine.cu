@@ -4,12 +4,11 @@
 // nothing: with experts spread over ranks most are.
 //
 // Compile-time constants: TOP_K, WEIGHTED (whether the weights are applied here).
-#include "common.cuh"
+#include "warps.cuh"
 
 constexpr int THREADS = 256;
-constexpr int PIECES = 2;              // of eight columns that a thread has
-constexpr int TOGETHER = 4;            // slots whose outputs are on their way at once
-constexpr unsigned ALL = 0xFFFFFFFFu;  // lanes
+constexpr int PIECES = 2;    // of eight columns that a thread has
+constexpr int TOGETHER = 4;  // slots whose outputs are on their way at once
 
 struct Shared {
     int count;  // of slots that are not left out

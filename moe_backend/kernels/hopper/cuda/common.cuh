@@ -197,6 +197,14 @@ DEVICE void store_transposed(void* row, u32 first, u32 second) {
 
 #endif  // CUDA_ON_HOST
 
+// --- FP8 ---
+
+// How numbers of which `amax` is the largest become e4m3: codes for a unit, bounded so that 0 stays 0 also where
+// amax is hardly a number; and what a code's unit is worth.
+constexpr float E4M3_MAX = 448.0f;
+DEVICE float codes_per_unit(float amax) { return amax > 0.0f ? fminf(E4M3_MAX / amax, 1e38f) : 1.0f; }
+DEVICE float unit_of_codes(float amax) { return amax > 0.0f ? amax / E4M3_MAX : 1.0f; }
+
 // --- Activations, as in moe_backend/activation.py ---
 
 enum { SILU = 0, SWIGLUSTEP = 1, CLAMPED_SILU = 2, SWIGLUOAI = 3 };

@@ -60,14 +60,20 @@ DEVICE void gather_step(const Layer& layer, Shared& shared, int columns, const i
     }
 }
 
+// The nth item that was claimed, for a warp.
+DEVICE Item take_item(Shared& shared, int n) {
+    barrier_wait(&shared.queued[n % QUEUE], n / QUEUE & 1);
+    const Item item = shared.queue[n % QUEUE];
+    __syncwarp();
+    return item;
+}
+
 // A warp that brings tokens for the first GEMM.
 DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
     const int lane = threadIdx.x % 32;
     Ring ring;
     for (int n = 0;; n++) {
-        barrier_wait(&shared.queued[n % QUEUE], n / QUEUE & 1);
-        const Item item = shared.queue[n % QUEUE];
-        __syncwarp();
+        const Item item = take_item(shared, n);
         if (item.parts == 0) return;
         const int steps = layer.steps(item.gated);
         if (!item.gated) {
@@ -159,9 +165,7 @@ DEVICE void copy(const Layer& layer, Shared& shared) {
     const int lane = threadIdx.x % 32;
     Ring ring;
     for (int n = 0;; n++) {
-        barrier_wait(&shared.queued[n % QUEUE], n / QUEUE & 1);
-        const Item item = shared.queue[n % QUEUE];
-        __syncwarp();
+        const Item item = take_item(shared, n);
         if (item.parts == 0) break;
         if (item.gated) copy_item<true>(layer, shared, item, n, ring);
         else copy_item<false>(layer, shared, item, n, ring);

@@ -45,9 +45,8 @@ DEVICE void scale_token(const Layer& layer, Shared& shared, const Item& item, in
     float amax = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < CONSUMER_WARPS; warp++) amax = fmaxf(amax, largest[warp * MOST + token]);
-    // Bounded, so that 0 stays 0 also where amax is hardly a number.
-    shared.codes_per_unit[token] = amax > 0.0f ? fminf(E4M3_MAX / amax, 1e38f) : 1.0f;
-    const float scale = amax > 0.0f ? amax / E4M3_MAX : 1.0f;
+    shared.codes_per_unit[token] = codes_per_unit(amax);
+    const float scale = unit_of_codes(amax);
     layer.hidden_scale[static_cast<long long>(item.block) * layer.positions + item.start + token] = scale;
 }
 

@@ -3,16 +3,6 @@
 
 #include "flow_shared.cuh"
 
-// Sum of `value` over this lane and those before it.
-DEVICE int sum_up_to(int value, int lane) {
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-        const int other = __shfl_up_sync(ALL, value, by);
-        if (lane >= by) value += other;
-    }
-    return value;
-}
-
 // All threads: the list to shared memory, with sums of tiles. How many experts it has.
 DEVICE int read_list(const Layer& layer, Shared& shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

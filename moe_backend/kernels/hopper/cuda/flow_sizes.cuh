@@ -1,7 +1,7 @@
 // flow.cu: its sizes, from the macros.
 #pragma once
 
-#include "common.cuh"
+#include "warps.cuh"
 
 constexpr int STEP = 128;                    // columns of K, bytes
 constexpr int PART_BYTES = 64 * STEP;        // of a part's step: 64 rows
@@ -17,8 +17,6 @@ constexpr int REGISTERS = WARP_GROUPS == 2 ? 224 : WARP_GROUPS == 3 ? 152 : 104;
 constexpr int GATHERERS = 2;             // warps that bring tokens
 constexpr int AT_ONCE = 64;              // columns of MMAs in a step that wait together for their scales
 constexpr int QUEUE = 2;                 // items claimed and not yet copied
-constexpr unsigned ALL = 0xFFFFFFFFu;    // lanes
-constexpr float E4M3_MAX = 448.0f;
 
 DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }

@@ -10,14 +10,12 @@
 //
 // Compile-time constants: EXPERTS (local), NUM_IDS (ids from there on are left out, as -1 is), TOP_K, HAS_MAP,
 // IDS64, WEIGHT_ON_INPUT (with TOP_K 1).
-#include "common.cuh"
+#include "warps.cuh"
 
 constexpr int THREADS = 512;
 constexpr int TOGETHER = 8;               // ids of a thread that are on their way at once
 constexpr int ROUND = THREADS / TOP_K;    // tokens that get positions together
 constexpr int EACH = (EXPERTS + THREADS - 1) / THREADS;  // experts of a thread
-constexpr unsigned ALL = 0xFFFFFFFFu;     // lanes
-constexpr float E4M3_MAX = 448.0f;
 static_assert(TOP_K <= THREADS, "a token's slots in a round");
 
 struct Shared {
@@ -44,12 +42,7 @@ struct Call {
 // Sum of `value` over all threads before this one.
 DEVICE int sum_before(Shared& shared, int value) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int up_to = value;
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-        const int other = __shfl_up_sync(ALL, up_to, by);
-        if (lane >= by) up_to += other;
-    }
+    const int up_to = sum_up_to(value, lane);
     if (lane == 31) shared.warp_sums[warp] = up_to;
     __syncthreads();
     int sum = up_to - value;
@@ -156,15 +149,13 @@ DEVICE void quantise(const Piece& piece, float weight, long long token, int colu
 #pragma unroll
     for (int by = 1; by < 16; by *= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL, amax, by));
     if (column >= H) return;
-    // Bounded, so that 0 stays 0 also where amax is hardly a number.
-    const float codes_per_unit = amax > 0.0f ? fminf(E4M3_MAX / amax, 1e38f) : 1.0f;
+    const float factor = codes_per_unit(amax);
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] *= codes_per_unit;
+    for (int i = 0; i < 8; i++) values[i] *= factor;
     *reinterpret_cast<uint2*>(operand + token * H + column) = {to_fp8(values[0], values[1], values[2], values[3]),
                                                                to_fp8(values[4], values[5], values[6], values[7])};
     if (column % 128 == 0) {
-        const float scale = amax > 0.0f ? amax / E4M3_MAX : 1.0f;
-        operand_scale[static_cast<long long>(column / 128) * tokens + token] = scale;
+        operand_scale[static_cast<long long>(column / 128) * tokens + token] = unit_of_codes(amax);
     }
 }
 
