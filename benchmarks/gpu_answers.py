@@ -30,14 +30,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_parallel import HERE, TINY, call, environment, telling
 
+if TYPE_CHECKING:
+    import torch
+
 ENOUGH = 0.97  # of the prompts
-# The last one's experts have 512 hidden columns instead of 384, the others zeros: there NVFP4 has
-# another method for many tokens.
-FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-modelopt-512")
+# The last one has hidden states of 256 columns instead of 128, and experts of 512 instead of 384,
+# which compute the same: sizes that NVFP4's methods take.
+WIDE = "-wide"
+FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt", f"nvfp4-modelopt{WIDE}")
 APART_S = 1.5  # between starts, which look for free ports
 # The size is given, so that vLLM does not measure free memory that others are just taking.
 ENGINE = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
@@ -115,9 +119,9 @@ def main() -> int:
 def convert(format: str, scratch: Path) -> Path:
     if format == "bf16":
         return TINY
-    source = widen(TINY, scratch / "widened", 512) if format.endswith("-512") else TINY
+    source = widen(TINY, scratch / "widened", 512) if format.endswith(WIDE) else TINY
     command = [sys.executable, "-m", "moe_backend.cli", "convert", str(source)]
-    command += [str(scratch / format), "--to", format.removesuffix("-512")]
+    command += [str(scratch / format), "--to", format.removesuffix(WIDE)]
     code, said = call(command, environment(), 200)
     if code:
         raise RuntimeError(f"converting to {format} failed:\n{said[-2000:]}")
@@ -125,7 +129,11 @@ def convert(format: str, scratch: Path) -> Path:
 
 
 def widen(model: Path, folder: Path, columns: int) -> Path:
-    """The model with zeros behind its experts' hidden columns, which changes no answer."""
+    """The model with hidden states twice, and zeros behind its experts' hidden columns.
+
+    What reads hidden states has half of each weight twice, so no answer changes: halves are exact,
+    and the mean of the squares, which norms divide by, is the same.
+    """
     from safetensors.torch import load_file, save_file
     from torch.nn.functional import pad
 
@@ -134,13 +142,28 @@ def widen(model: Path, folder: Path, columns: int) -> Path:
     tensors = load_file(model / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith((".moe.gate_proj.weight", ".moe.up_proj.weight")):
-            tensors[name] = pad(tensor, (0, 0, 0, more)).contiguous()
+            tensor = pad(tensor, (0, 0, 0, more))
         elif name.endswith(".moe.down_proj.weight"):
-            tensors[name] = pad(tensor, (0, more)).contiguous()
+            tensor = pad(tensor, (0, more))
+        tensors[name] = twice(name, tensor).contiguous()
+    config |= {"moe_intermediate_size": columns, "hidden_size": 2 * config["hidden_size"]}
     changed = replaced(model, folder, ("config.json", "model.safetensors"))
-    (changed / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": columns}))
+    (changed / "config.json").write_text(json.dumps(config))
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     return changed
+
+
+def twice(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A model's tensor where hidden states have their columns twice."""
+    import torch
+
+    what = name.split(".")[-2]
+    if what in ("down_proj", "o_proj"):  # they make hidden states
+        return torch.cat((tensor, tensor), -2)
+    if what in ("embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"):
+        return torch.cat((tensor, tensor), -1)
+    reads = what in ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "gate")
+    return torch.cat((tensor / 2, tensor / 2), -1) if reads or what == "lm_head" else tensor
 
 
 def replaced(model: Path, folder: Path, names: tuple[str, ...]) -> Path:

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
 from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, tiles
-from moe_backend.kernels.hopper.tiles import Few, Flow, Once
+from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Wide
 
 missing = build.missing()
 compiles = pytest.mark.skipif(missing is not None, reason=f"CUDA C++ is not compiled: {missing}")
@@ -77,6 +77,11 @@ def local_memory(source, constants, *more):
 
 # With NVFP4 a thread has two words more than its 80 registers hold (NVRTC 13.0).
 SPILLED = {"deepseek-v4-flash-ep8": 8}
+# Tiles that use registers and shared memory up.
+FLOWS = {
+    "fp8_block": ((8, 4, 1), (64, 2, 3)),
+    "nvfp4": ((8, 2, 1), (8, 4, 1), (32, 2, 2), (64, 4, 1), (96, 2, 2), (128, 2, 1)),
+}
 ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
 
 
@@ -93,6 +98,8 @@ ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
         ("step-3.5-tp8-even", 1024, FLOW),
         ("step-3.5-tp8-even", 4096, FLOW),
         ("deepseek-v4-flash-ep8", 8, ONCE),
+        ("deepseek-v4-flash-ep8", 64, FLOW),
+        ("deepseek-v4-flash-ep8", 1024, FLOW),
         ("minimax-m3-ep4", 8, ONCE),
     ],
 )
@@ -109,13 +116,24 @@ def test_what_the_host_code_takes_compiles(kernels_of, name):
     """What would not, the device code asserts: shared memory above all."""
     layer = SHAPES[name].layer()
     choices = [Once(blocks) for blocks in (1, 2, 4)]
-    if layer.format == "fp8_block":
-        choices += [tiles.flow(layer, *tile) for tile in ((8, 4, 1), (64, 2, 3))]
+    if layer.format != "bf16":
+        choices += [tiles.flow(layer, *tile) for tile in FLOWS[layer.format]]
     taken = [choice for choice in choices if methods.sound(layer, 1, choice)]
     assert taken
     for choice in taken:
         for one in kernels_of(name, 1, choice):
             build._compile(one.source, build._options(one.constants))
+
+
+@compiles
+@pytest.mark.parametrize("tile", FLOWS["nvfp4"], ids=str)
+def test_mmas_with_codes_do_not_wait_for_each_other(kernels_of, tile):
+    """Nor do registers spill: the next operands are decoded while the tensor cores multiply."""
+    name = "deepseek-v4-flash-ep8"
+    for one in kernels_of(name, 64, tiles.flow(SHAPES[name].layer(), *tile)):
+        assert local_memory(one.source, one.constants) == 0
+        _, words = build._compile(one.source, build._options(one.constants))
+        assert "serialized" not in words
 
 
 @compiles
@@ -314,7 +332,7 @@ def test_what_once_cannot_take_is_refused(layer, changes, tokens, count, wanted)
 @pytest.mark.parametrize(
     ("layer", "changes", "choice", "wanted"),
     [
-        (M3, {}, Flow(8, 2, 2, 4), "FP8"),
+        (M3, {}, Flow(8, 2, 2, 4), "FP8 or NVFP4"),
         (EP8, {}, Flow(8, 2, 2, 1), "2 stages or more that fit into shared memory"),
         (EP8, {}, Flow(128, 2, 2, 8), "2 stages or more that fit into shared memory"),
         (EP8, {}, Flow(24, 2, 2, 4), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
@@ -327,29 +345,43 @@ def test_what_once_cannot_take_is_refused(layer, changes, tokens, count, wanted)
         (EP8, blocks(n13=16), Flow(8, 2, 2, 4), "one scale for 32 rows of w13 and for 64 of w2"),
         (EP8, blocks(n2=32), Flow(8, 2, 2, 4), "one scale for 32 rows of w13 and for 64 of w2"),
         (EP8, blocks(k2=16), Flow(8, 2, 2, 4), "scales for 32 columns or more"),
+        (V4, {}, Flow(128, 2, 2, 2), "2 stages or more that fit into shared memory"),
+        (V4, {}, Flow(8, 3, 1, 4), "2 or 4 blocks of 64 weight rows"),
+        (V4, {"hidden_size": 4224}, Flow(8, 2, 2, 4), "sizes that are multiples of 256"),
+        (V4, {"intermediate_size": 1920}, Flow(8, 2, 2, 4), "sizes that are multiples of 256"),
     ],
 )
 def test_what_flow_cannot_take_is_refused(layer, changes, choice, wanted):
     flow.check(EP8, Flow(8, 2, 2, 6))
+    flow.check(V4, Flow(8, 2, 2, 5))
     with pytest.raises(ValueError, match=f"{wanted}.* expected$"):
         flow.check(replace(layer, **changes), choice)
 
 
-@pytest.mark.parametrize("tile", [(8, 4, 1), (16, 3, 2), (32, 2, 3), (64, 2, 2), (128, 2, 2)])
-def test_stages_fill_shared_memory(tile):
-    choice = tiles.flow(EP8, *tile)
-    flow.check(EP8, choice)
+@pytest.mark.parametrize(
+    ("layer", "tile"),
+    [
+        *product([EP8], [(8, 4, 1), (16, 3, 2), (32, 2, 3), (64, 2, 2), (128, 2, 2)]),
+        *product([V4], [(8, 4, 1), (32, 2, 2), (96, 2, 2), (128, 2, 1)]),
+    ],
+    ids=str,
+)
+def test_stages_fill_shared_memory(layer, tile):
+    choice = tiles.flow(layer, *tile)
+    flow.check(layer, choice)
     if choice.stages < 8:
         with pytest.raises(ValueError, match="fit into shared memory"):
-            flow.check(EP8, replace(choice, stages=choice.stages + 1))
+            flow.check(layer, replace(choice, stages=choice.stages + 1))
 
 
 DEFAULTS = {
     "step-3.5-ep8": {2: Few, 3: Once, 8: Once, 9: Flow, 1024: Flow},
     "step-3.5-tp8-even": {2: Few, 8: Once, 64: Flow, 4096: Flow},
-    "step-3.5-tp1": {1: Few, 2: Once, 8: Once, 9: Flow},  # 2 tokens hit too much for Few
+    # 2 tokens hit too much for Few, 4 too much for Once.
+    "step-3.5-tp1": {1: Few, 2: Once, 4: Flow, 8: Flow, 9: Flow},
     "deepseek-v3-ep8": {1: Few, 4: Few, 8: Flow},  # hidden 7168
-    "deepseek-v4-flash-ep8": {1: Once, 8: Once},
+    "deepseek-v4-flash-ep8": {1: Once, 8: Once, 9: Flow, 1024: Flow, 4096: Wide},
+    "deepseek-v4-flash-tp1": {1: Once, 4: Once, 8: Flow, 64: Flow},
     "minimax-m3-ep4": {1: Once, 8: Once},
 }
 
@@ -374,6 +406,8 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
         ("step-3.5-tp8-even", 4096, (128, 3, 1)),
         ("step-3.5-tp8-padded", 4096, (128, 2, 2)),
         ("step-3.5-ep8", 1024, (64, 3, 2)),
+        ("deepseek-v4-flash-ep8", 64, (8, 4, 1)),
+        ("deepseek-v4-flash-ep8", 1024, (64, 4, 1)),
     ],
 )
 def test_tiles_of_flow(name, tokens, tile, monkeypatch):

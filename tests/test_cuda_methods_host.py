@@ -88,6 +88,30 @@ def test_flow(launches, layout):
     assert difference(again, first).within(2e-2)
 
 
+@pytest.mark.parametrize(
+    ("layout", "tile", "sizes"),
+    [
+        ("unsharded", (8, 2, 2), (512, 256)),
+        ("ep", (16, 2, 1), (256, 512)),
+        ("dropped", (32, 4, 1), (768, 256)),
+        ("ep", (64, 4, 1), (256, 256)),
+        ("unsharded", (8, 4, 1), (512, 512)),
+    ],
+)
+def test_flow_of_nvfp4(launches, layout, tile, sizes):
+    hidden, intermediate = sizes
+    problem = build(
+        Case(
+            "nvfp4", STEP, hidden_size=hidden, intermediate_size=intermediate, layout=layout,
+            tokens=90 if tile[0] == 64 else 40,
+        )
+    )  # fmt: skip
+    choice = tiles.flow(problem.layer, *tile)
+    outputs = [check(problem, choice) for _ in range(2)]  # with other seeds
+    assert launches == 2 * ["route", "flow", "combine"]
+    assert torch.equal(*outputs)
+
+
 def test_flow_of_what_lies_askew(launches):
     """Inputs that are not contiguous, begin between multiples of 16 bytes, or of other dtypes."""
     problem = case("fp8_block", layout="ep", tokens=9, **NARROW)

@@ -47,6 +47,7 @@ class Case:
             "WARP_GROUPS": self.groups, "BLOCKS": self.blocks, "MOST": self.most,
             "STAGES": self.stages, "EXPERTS": EXPERTS, "ACTIVATION": self.kind,
             "N13": n13, "K13": k13, "N2": n2, "K2": k2, "SHARED_BYTES": self.shared_bytes,
+            "FORMAT": 1,
         }  # fmt: skip
 
     @property
@@ -138,9 +139,9 @@ class Layer:
         driver.launch(
             driver.compile(SOURCE, case.defines), "flow", case.grid, 128 * (case.groups + 1),
             case.shared_bytes,
-            [*maps, self.w13_scale, self.w2_scale, self.tokens.view(torch.uint8), self.token_scale,
-             self.list, self.token_of, counters, hidden, hidden_scale, partial, *self.constants,
-             h, i, len(self.tokens), p, *scales13, *scales2],
+            [*maps, self.w13_scale, self.w2_scale, None, None, self.tokens.view(torch.uint8),
+             self.token_scale, self.list, self.token_of, counters, hidden, hidden_scale, partial,
+             *self.constants, h, i, len(self.tokens), p, *scales13, *scales2],
             seed, resident=resident,
             sources_may_change=True,  # boxes reach into the next expert's rows
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ TILES = (
     *((8, 2, 2), (8, 3, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (64, 3, 2)),
     *((128, 2, 2), (128, 3, 1)),
 )
+NVFP4 = Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512)
+NVFP4_TILES = (8, 2, 2), (8, 2, 1), (16, 2, 2), (32, 4, 1), (64, 2, 2), (96, 2, 2), (128, 2, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +85,11 @@ def test_once(case):
     assert found == []
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("case", FLOW, ids=lambda c: f"{c.format}-{c.intermediate_size}")
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [*product(FLOW, TILES), *product((NVFP4,), NVFP4_TILES)],
+    ids=lambda c: f"{c.format}-{c.intermediate_size}" if isinstance(c, Case) else str(c),
+)
 def test_flow(case, tile):
     """From one token to several tiles for an expert."""
     found = []

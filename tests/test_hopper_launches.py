@@ -60,6 +60,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
         ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
+        ("nvfp4", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Wide(4, 2), [*SORTED, "combine_kernel"]),
         ("nvfp4", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("nvfp4", lambda layer: tiles.tiles(layer, 7), TILED),
@@ -72,6 +73,7 @@ def launches(monkeypatch):
         "fp8-once",
         "fp8-flow",
         "nvfp4-stream",
+        "nvfp4-flow",
         "nvfp4-wide",
         "nvfp4-few",
         "nvfp4-tiles",
@@ -79,7 +81,8 @@ def launches(monkeypatch):
     ],
 )
 def test_only_the_first_waits_for_what_came_before(launches, layout, name, choice, names):
-    problem = build(Case(name, ACTIVATIONS[0], layout=layout))
+    sizes = {"hidden_size": 256, "intermediate_size": 256}
+    problem = build(Case(name, ACTIVATIONS[0], layout=layout, **sizes))
     layer = replace(problem.layer, device="cuda")
     kernel.run(
         layer, problem.weights.tensors(), problem.x, problem.topk_weights, problem.topk_ids,

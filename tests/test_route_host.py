@@ -1,4 +1,4 @@
-"""Slots sorted and tokens quantised (`route.cu`), and the sum (`combine.cu`), run on the host."""
+"""Slots sorted, tokens quantised or reordered (`route.cu`), and the sum (`combine.cu`)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Case:
     long_ids: bool = False
     mapped: bool = True
     weight_on_input: bool = False
+    quantised: bool = True
 
 
 CASES = {
@@ -44,6 +45,9 @@ CASES = {
     "many slots": Case(6, 40, 64, 64, 64, 4, mapped=False),
     "long rows": Case(3, 8, 1024, 1024, 8256, 2, mapped=False),
     "weights first": Case(9, 1, 4, 4, 192, 4, mapped=False, weight_on_input=True),
+    "reordered": Case(20, 4, 12, 5, 512, 3, quantised=False),
+    "reordered long": Case(3, 2, 4, 4, 4352, 2, mapped=False, quantised=False),
+    "reordered weights": Case(9, 1, 4, 3, 256, 4, weight_on_input=True, quantised=False),
 }
 
 
@@ -70,6 +74,29 @@ def sorted_slots(case: Case, ids: torch.Tensor, expert_map: torch.Tensor) -> tup
     return position, rows
 
 
+def ordered_column(column: int) -> int:
+    """Where the NVFP4 decoder has a column of 256: as `device._nvfp4_position` says."""
+    thread, word, code = column % 256 // 64, column % 64 // 8, column % 8
+    pair = code // 2 % 2 * 8 + thread * 2 + code // 4
+    return column // 256 * 256 + code % 2 * 128 + word * 16 + pair
+
+
+def check_codes(operand: torch.Tensor, scale: torch.Tensor, value: torch.Tensor) -> None:
+    """Routed tokens in e4m3."""
+    h = value.shape[1]
+    grouped = torch.nn.functional.pad(value, (0, -h % 128)).view(len(value), cdiv(h, 128), 128)
+    amax = grouped.abs().amax(2)
+    scales = torch.where(amax > 0, amax / 448, 1.0)
+    codes = (grouped / scales[:, :, None]).to(E4M3).view(torch.uint8).flatten(1)[:, :h]
+    torch.testing.assert_close(scale, scales, rtol=1e-6, atol=0)
+    same = (operand == codes).float()
+    # All but those on the edge, where 448 / amax rounds.
+    assert same.numel() == 0 or same.mean() > 0.995
+    spread = scales.repeat_interleave(128, 1)[:, :h].double()
+    coded = operand.view(E4M3).double() * spread
+    torch.testing.assert_close(coded, value.double(), rtol=0.07, atol=0.01)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_route(name: str, seed: int) -> None:
@@ -84,7 +111,8 @@ def test_route(name: str, seed: int) -> None:
         expert_map.fill_(-1)
         expert_map[torch.randperm(case.experts)[: case.local]] = torch.arange(case.local).int()
     room = cdiv(t * k + 3 * min(case.local, t * k), 4) * 4
-    operand = torch.full((t, h), POISON, dtype=torch.uint8)
+    bytes_each = 1 if case.quantised else 2
+    operand = torch.full((t, bytes_each * h), POISON, dtype=torch.uint8)
     scale = torch.full((cdiv(h, 128), t), float("nan"))
     position = torch.full((t * k,), -7, dtype=torch.int32)
     token_of = torch.full((room,), -7, dtype=torch.int32)
@@ -93,8 +121,10 @@ def test_route(name: str, seed: int) -> None:
     defines = {
         "EXPERTS": case.local, "NUM_IDS": case.experts, "TOP_K": k, "HAS_MAP": int(case.mapped),
         "IDS64": int(case.long_ids), "WEIGHT_ON_INPUT": int(case.weight_on_input),
+        "QUANTISED": int(case.quantised),
     }  # fmt: skip
-    shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32)
+    shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32) + 16
+    shared += 512 * (1 if case.quantised else THREADS // 32)
     driver.launch(
         driver.compile(driver.KERNELS / "route.cu", defines), "route", cdiv(t, case.each) + 1,
         THREADS, shared,
@@ -108,21 +138,15 @@ def test_route(name: str, seed: int) -> None:
     assert listed[: 1 + 3 * len(hit)].tolist() == [len(hit), *[n for row in hit for n in row]]
     assert counters.tolist() == [0] * 997 + [7] * 3
     value = x.float() * weights if case.weight_on_input else x.float()
-    grouped = torch.nn.functional.pad(value, (0, -h % 128)).view(t, -1, 128)
-    amax = grouped.abs().amax(2)
-    scales = torch.where(amax > 0, amax / 448, 1.0)
-    codes = (grouped / scales[:, :, None]).to(E4M3).view(torch.uint8).flatten(1)[:, :h]
     routed = (position.view(t, k) >= 0).any(1)
     assert (operand[~routed] == POISON).all()
+    if case.quantised:
+        check_codes(operand[routed], scale[:, routed].T, value[routed])
+    else:
+        columns = torch.tensor([ordered_column(column) for column in range(h)])
+        found = operand.view(torch.bfloat16)[routed][:, columns]
+        assert torch.equal(found, value[routed].bfloat16())
     assert scale[:, ~routed].isnan().all()
-    torch.testing.assert_close(scale[:, routed].T, scales[routed], rtol=1e-6, atol=0)
-    same = (operand[routed] == codes[routed]).float()
-    assert (
-        same.numel() == 0 or same.mean() > 0.995
-    )  # but those on the edge, where 448 / amax rounds
-    spread = scales[routed].repeat_interleave(128, 1)[:, :h].double()
-    coded = operand[routed].view(E4M3).double() * spread
-    torch.testing.assert_close(coded, value[routed].double(), rtol=0.07, atol=0.01)
     tokens = torch.full_like(token_of, -7)
     for slot, at in enumerate(wanted):
         if at >= 0:

@@ -199,18 +199,19 @@ def test_a_widened_model_computes_the_same(script, tiny, tmp_path):
     from moe_backend.kernels.reference import fused_experts
 
     wide = script("gpu_answers").widen(tiny, tmp_path / "wide", 512)
-    assert json.loads((wide / "config.json").read_text())["moe_intermediate_size"] == 512
+    config = json.loads((wide / "config.json").read_text())
+    assert (config["moe_intermediate_size"], config["hidden_size"]) == (512, 256)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0, 7], [1, 2], [3, 3], [5, 6], [4, 0]])
     outputs = []
-    for folder, columns in ((tiny, 384), (wide, 512)):
+    for folder, columns, times in ((tiny, 384, 1), (wide, 512, 2)):
         tensors = load_file(folder / "model.safetensors")
         gate, up, down = (
             tensors[f"model.layers.2.moe.{n}_proj.weight"] for n in ("gate", "up", "down")
         )
-        assert gate.shape == up.shape == (8, columns, 128)
+        assert gate.shape == up.shape == (8, columns, times * 128)
         weights = Bf16Weights(torch.cat((gate, up), 1), down)
         silu = Activation.from_name("silu")
-        outputs.append(fused_experts(x, weights, torch.ones(5, 2), ids, silu))
-    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+        outputs.append(fused_experts(x.repeat(1, times), weights, torch.ones(5, 2), ids, silu))
+    assert torch.allclose(outputs[0].repeat(1, 2), outputs[1], rtol=1e-4, atol=1e-5)
     assert {f.name for f in wide.iterdir()} == {f.name for f in tiny.iterdir()}

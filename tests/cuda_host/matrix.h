@@ -101,24 +101,35 @@ inline void store_transposed(void* row, u32 first, u32 second) {
     });
 }
 
-// --- wgmma: m64nNk32 of e4m3 tiles with rows of 128 bytes, swizzled by address, in atoms of 1024 bytes ---
+// --- wgmma: of tiles with rows of 128 bytes, swizzled by address, in atoms of eight rows: m64nNk32 of e4m3,
+// m64nNk16 of bf16 with the first operand in registers ---
 
 namespace host {
 
-// A warp's 16 rows of a product: read when wgmma may read, at the latest at the warp's wait.
-inline void act(Warp& warp, Product& product) {
+// A warp's 16 rows of a product: shared memory is read when wgmma may read, at the latest at the warp's wait.
+// A tile is its address and, in the upper half, the distance of its atoms.
+template <int DEPTH> void act(Warp& warp, Product& product) {
     product.done = true;
     const u8* shared = warp.block->shared - 1024;  // where shared_address is 0
     auto number = [=](u64 tile, int row, int column) {
-        u64 at = tile + row * 128 + column;
-        return fp8.of[shared[at ^ (at >> 7 & 7) << 4]];
+        u64 at = (tile & 0xFFFFFFFF) + row / 8 * (tile >> 32) + row % 8 * 128 + column * 32 / DEPTH;
+        at ^= (at >> 7 & 7) << 4;
+        return DEPTH == 32 ? fp8.of[shared[at]] : from_bf16(*reinterpret_cast<const u16*>(shared + at));
     };
-    float rows[16][32];
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < 32; k++) rows[row][k] = number(product.a, warp.index % 4 * 16 + row, k);
+    float rows[16][DEPTH];
+    for (int row = 0; row < 16; row++) {
+        for (int k = 0; k < DEPTH; k++) {
+            if (DEPTH == 32) {
+                rows[row][k] = number(product.a, warp.index % 4 * 16 + row, k);
+            } else {
+                u32 word = product.words[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+                rows[row][k] = from_bf16(word >> 16 * (k % 2) & 0xFFFF);
+            }
+        }
+    }
     for (int j = 0; j < product.columns / 8; j++) {
-        Eight columns[32], sums[16] = {};
-        for (int k = 0; k < 32; k++)
+        Eight columns[DEPTH], sums[16] = {};
+        for (int k = 0; k < DEPTH; k++)
             for (int i = 0; i < 8; i++) columns[k][i] = number(product.b, 8 * j + i, k);
         auto each = [&](auto f) {
             for (int lane = 0; lane < 32; lane++)
@@ -126,58 +137,79 @@ inline void act(Warp& warp, Product& product) {
                     f(product.d[lane][4 * j + i], sums[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2]);
         };
         if (product.accumulate) each([](float d, float& sum) { sum = d; });
-        multiply<32>(sums, rows, columns, 16);
+        multiply<DEPTH>(sums, rows, columns, 16);
         each([](float& d, float sum) { d = sum; });
     }
+}
+inline void act(Warp& warp, Product& product) {
+    if (product.registers) act<16>(warp, product);
+    else act<32>(warp, product);
 }
 
 inline void check_tile(u64 tile, int rows, const char* which) {
     Block& block = *machine->current->block;
-    u64 end = tile / 128 * 128 + rows * 128;
-    if (tile < 1024 || tile % 128 > 96 || end > 1024 + static_cast<u64>(block.shared_bytes))
-        fail(text("wgmma: %s, %d rows from shared address %llu", which, rows, tile));
+    u64 from = tile & 0xFFFFFFFF, apart = tile >> 32, end = from / 128 * 128 + (rows / 8 - 1) * apart + 1024;
+    if (from < 1024 || from % 128 > 96 || end > 1024 + static_cast<u64>(block.shared_bytes))
+        fail(text("wgmma: %s, %d rows from shared address %llu, eights %llu apart", which, rows, from, apart));
 }
 
 }  // namespace host
 
-inline u64 shared_matrix(const void* tile) {
+inline u64 shared_matrix(const void* tile, int bytes_of_eight_rows = 1024) {
     host::check_shared(tile, 1024, 1024, "shared_matrix");
-    return shared_address(tile);
+    if (bytes_of_eight_rows % 1024) host::fail("shared_matrix: eights of rows not at multiples of 1024");
+    return shared_address(tile) | static_cast<u64>(bytes_of_eight_rows) << 32;
 }
+inline u64 matrix_on(u64 matrix, int times) { return matrix + 1024 * times; }
 inline u64 columns_on(u64 matrix, int bytes) { return matrix + bytes; }
 
 inline void wgmma_fence() { host::machine->current->fenced = true; }
 
-// In the background: each warp's part happens at once or as late as its wait for it.
-template <int N> void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {
+namespace host {
+
+// In the background: each warp's part happens at once or as late as its wait for it. Registers of the first operand
+// are taken at once: that they are left alone until then is the compiler's task.
+template <int N> void start_wgmma(float (&d)[N / 2], u64 a, const u32* words, u64 b, bool accumulate) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-    host::Fiber& self = *host::machine->current;
-    if (!self.fenced) host::fail("wgmma without wgmma_fence before it, since the last wgmma_wait");
-    host::check_tile(a, 64, "a");
-    host::check_tile(b, N, "b");
+    Fiber& self = *machine->current;
+    if (!self.fenced) fail("wgmma without wgmma_fence before it, since the last wgmma_wait");
+    if (!words) check_tile(a, 64, "a");
+    check_tile(b, N, "b");
     struct Mine {
         u64 a, b;
+        const u32* words;
         bool accumulate;
         float* d;
-    } mine = {a, b, accumulate, d};
-    host::meet(self.block->meetings, "wgmma", self.thread / 128, 128, &mine, [&](host::Meeting& meeting) {
-        host::Product products[4];
-        for (host::Product& product : products) product = {N, a, b, accumulate, false, -1, {}};
+    } mine = {a, b, words, accumulate, d};
+    meet(self.block->meetings, "wgmma", self.thread / 128, 128, &mine, [&](Meeting& meeting) {
+        Product products[4];
+        for (Product& product : products) product = {N, a, b, accumulate, false, words != nullptr, -1, {}, {}};
         for (int i = 0; i < 128; i++) {
             Mine& other = *static_cast<Mine*>(meeting.brought[i]);
             int thread = meeting.fibers[i]->thread % 128;
-            if (other.a != a || other.b != b || other.accumulate != accumulate)
-                host::fail(host::text("wgmma: thread %d of the warp group has other operands", thread));
-            products[thread / 32].d[thread % 32] = other.d;
+            if (other.a != a || other.b != b || other.accumulate != accumulate || !other.words != !words)
+                fail(text("wgmma: thread %d of the warp group has other operands", thread));
+            Product& product = products[thread / 32];
+            product.d[thread % 32] = other.d;
+            if (words) memcpy(product.words[thread % 32], other.words, sizeof product.words[0]);
         }
         for (int w = 0; w < 4; w++) {
-            host::Warp& warp = *(self.warp - self.warp->index % 4 + w);
+            Warp& warp = *(self.warp - self.warp->index % 4 + w);
             warp.products.push_back(products[w]);
-            if (host::dice(4) >= host::machine->prompt) continue;
-            for (host::Product& product : warp.products)
-                if (!product.done) host::act(warp, product);
+            if (dice(4) >= machine->prompt) continue;
+            for (Product& product : warp.products)
+                if (!product.done) act(warp, product);
         }
     });
+}
+
+}  // namespace host
+
+template <int N> void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {
+    host::start_wgmma<N>(d, a, nullptr, b, accumulate);
+}
+template <int N> void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
+    host::start_wgmma<N>(d, 0, a, b, true);
 }
 inline void wgmma_commit() {
     int none = 0;
@@ -202,3 +234,4 @@ template <int PENDING> void wgmma_wait() {
     host::machine->current->fenced = false;
 }
 template <int N> void wgmma_touch(float (&)[N]) {}
+template <int M> void wgmma_settle(u32 (&)[M][4]) {}

@@ -262,6 +262,10 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier)
     host::start_box(to, map, {x, y}, barrier);
     host::maybe_yield();
 }
+inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
+    host::start_box(to, map, {x, y, z}, barrier);
+    host::maybe_yield();
+}
 inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u, int v, u64* barrier) {
     host::start_box(to, map, {x, y, z, u, v}, barrier);
     host::maybe_yield();

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.route import Routed, combine, route
@@ -14,7 +15,7 @@ from moe_backend.kernels.hopper.sorted_tokens import positions_of
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
+from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 
 SOURCE = Path(__file__).parent / "cuda" / "flow.cu"
 
@@ -33,33 +34,33 @@ def run(
     if slots == 0:
         return torch.empty_like(x)
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
-    w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
+    w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
     sms = multiprocessors(w13.device)
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     kernel = _kernel(layer, choice)
     positions = positions_of(layer, slots)
-    groups = cdiv(i, 32 * choice.groups * choice.blocks)
+    wide, scales, groups = 2, 0, 0  # bytes of an activation; its scales, and a hidden row's
+    if layer.format == Fp8BlockWeights.name:
+        wide, scales = 1, cdiv(h, 128)
+        groups = cdiv(i, 32 * choice.groups * choice.blocks)
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (
         carve(
-            w13.device, tokens * h, 4 * cdiv(h, 128) * tokens, 4 * slots, 4 * positions,
-            4 * (1 + 3 * e), 4 * counters, positions * i, 4 * groups * positions, 2 * positions * h,
+            w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
+            4 * (1 + 3 * e), 4 * counters, wide * positions * i, 4 * groups * positions,
+            2 * positions * h,
         )
     )  # fmt: skip
     out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
     to = Routed(operand, scale, position, token_of, experts, counts)
     route(layer, x, weights, ids, expert_map, to, counters, sms)
     activation = layer.activation
-    turns_of_eight = TensorMap(
-        w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
-    )
     launch(
         kernel, sms, 128 * (choice.groups + 1),
-        [turns_of_eight, _rows(w2, e * h, i, 64), _rows(hidden, positions, i, 32),
-         _rows(hidden, positions, i, 8), w13_scale, w2_scale, operand, scale, experts, token_of,
-         counts, hidden, hidden_scale, partial, activation.limit or 0.0, activation.alpha,
-         activation.beta, h, i, tokens, positions, w13_scale.shape[1] // 2, w13_scale.shape[2],
-         w2_scale.shape[1], w2_scale.shape[2]],
+        [*_maps(layer, w13, w2, hidden, positions), w13_scale, w2_scale, w13_global, w2_global,
+         operand, scale, experts, token_of, counts, hidden, hidden_scale, partial,
+         activation.limit or 0.0, activation.alpha, activation.beta, h, i, tokens, positions,
+         w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
     combine(layer, partial, position, weights, out)
     del whole  # what is allocated next on this stream comes after these launches
@@ -69,9 +70,8 @@ def run(
 @lru_cache
 def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
     check(layer, choice)
-    assert layer.w13_block is not None
-    assert layer.w2_block is not None
     constants = {
+        "FORMAT": FORMATS[layer.format],
         "WARP_GROUPS": choice.groups,
         "BLOCKS": choice.blocks,
         "MOST": choice.tokens,
@@ -79,13 +79,42 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         "EXPERTS": layer.num_local_experts,
         "ACTIVATION": ACTIVATIONS[layer.activation.kind],
         "SHARED_BYTES": SHARED_BYTES,
-        **dict(zip(("N13", "K13", "N2", "K2"), layer.w13_block + layer.w2_block, strict=True)),
     }
+    if layer.format == Fp8BlockWeights.name:
+        assert layer.w13_block is not None
+        assert layer.w2_block is not None
+        blocks = layer.w13_block + layer.w2_block
+        constants |= zip(("N13", "K13", "N2", "K2"), blocks, strict=True)
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 
 
+def _maps(
+    layer: LayerConfig,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    hidden: torch.Tensor | Memory,
+    positions: int,
+) -> list[TensorMap]:
+    """What the accelerator sees of w13, w2 and, twice, of the hidden columns; `cuda/flow.cu`."""
+    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    if layer.format == Fp8BlockWeights.name:
+        turns_of_eight = TensorMap(
+            w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
+        )
+        return [
+            turns_of_eight, _rows(w2, e * h, i, 64), _rows(hidden, positions, i, 32),
+            _rows(hidden, positions, i, 8),
+        ]  # fmt: skip
+    row = h // 2
+    of_each_64 = TensorMap(
+        w13, (row, 64, 2, i // 64, e), (row, i * row, 64 * row, 2 * i * row), (128, 8, 2, 4, 1)
+    )
+    lines = TensorMap(hidden, (128, positions, i // 64), (2 * i, 128), (128, 8, 4))
+    return [of_each_64, _rows(w2, e * h, i // 2, 64), lines, lines]
+
+
 def _rows(matrix: torch.Tensor | Memory, rows: int, width: int, box: int) -> TensorMap:
-    """Of e4m3 rows, boxes of `box` rows and 128 columns."""
+    """Of rows of so many bytes, boxes of `box` rows and 128 bytes."""
     return TensorMap(matrix, (width, rows), (width,), (128, box))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, launch
 from moe_backend.kernels.registry import LayerConfig
@@ -21,7 +22,8 @@ class Routed(NamedTuple):
     """What `route` writes, in the caller's memory.
 
     Attributes:
-        operand: e4m3 `[tokens, H]`; scale: fp32 `[H / 128, tokens]`.
+        operand: `[tokens, H]`, of FP8 layers e4m3 with scale, fp32 `[H / 128, tokens]`; else bf16,
+            columns in the order of `device._nvfp4_position`.
         position: int32 `[slots]`, -1 for slots that are left out.
         token_of: int32 `[positions]`; undefined where no slot is.
         experts: int32, how many were hit and of each expert, first position and end position.
@@ -46,7 +48,7 @@ def route(
     counters: int,
     sms: int,
 ) -> None:
-    """Sort a call's slots by expert and quantise its tokens.
+    """Sort a call's slots by expert and quantise its tokens or reorder their columns.
 
     The first five arguments are those of `registry.Kernel.apply`.
 
@@ -88,6 +90,7 @@ def combine(
 
 @lru_cache
 def _route(layer: LayerConfig, mapped: bool, long_ids: bool) -> Kernel:
+    quantised = layer.format == Fp8BlockWeights.name
     constants = {
         "EXPERTS": layer.num_local_experts,
         "NUM_IDS": layer.num_experts if mapped else layer.num_local_experts,
@@ -95,9 +98,11 @@ def _route(layer: LayerConfig, mapped: bool, long_ids: bool) -> Kernel:
         "HAS_MAP": int(mapped),
         "IDS64": int(long_ids),
         "WEIGHT_ON_INPUT": int(layer.apply_router_weight_on_input),
+        "QUANTISED": int(quantised),
     }
     slots = ROUTE_THREADS // layer.top_k * layer.top_k
-    shared = 4 * (3 * layer.num_local_experts + slots + ROUTE_THREADS // 32)
+    shared = 4 * (3 * layer.num_local_experts + slots + ROUTE_THREADS // 32) + 16
+    shared += 512 * (1 if quantised else ROUTE_THREADS // 32)  # a warp's columns, to reorder
     return Kernel(FOLDER / "route.cu", "route", tuple(constants.items()), shared)
 
 

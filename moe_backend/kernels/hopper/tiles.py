@@ -163,13 +163,13 @@ class Once:
 
 @dataclass(frozen=True)
 class Flow:
-    """FP8, both GEMMs in one launch, weights first (`flow.py`).
+    """FP8 and NVFP4, both GEMMs in one launch, weights first (`flow.py`).
 
     Attributes:
         tokens: of a tile at most, 8 to 128.
         groups: of four warps that multiply, 2 to 4.
-        blocks: of 64 weight rows for each of these, 1 to 3.
-        stages: steps of 128 columns that shared memory holds.
+        blocks: of 64 weight rows for each of these, 1 to 3; with NVFP4 2 or 4 in all.
+        stages: steps of 128 columns that shared memory holds, of 256 with NVFP4.
     """
 
     tokens: int
@@ -179,7 +179,8 @@ class Flow:
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
-        return 128, 32 * self.groups * self.blocks
+        quantised = layer.format == Fp8BlockWeights.name
+        return (128, 32 * self.groups * self.blocks) if quantised else None
 
 
 Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow
@@ -211,9 +212,13 @@ ONCE_FROM = {Fp8BlockWeights.name: 3}
 ONCE_HIDDEN = {Fp8BlockWeights.name: 4096, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
 ONCE_WARPS = 16  # that multiply
 ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
-# Where FP8 weights flow: tokens of a tile by slots per expert; slots from which tiles of up to 64
-# tokens have 384 rows of weights and not 256; intermediate sizes of shards that flow beyond, and up
-# to how many slots, since every block of the routing looks through all. Measured from 0.4 to 228.
+# Bytes of weights that are hit up to which one launch wins over `Flow`, which reads them faster
+# once it has begun. On one rank of Step-3.5 2, 4 and 8 tokens hit 250, 480 and 910 MB.
+ONCE_BYTES = 400e6
+# Where weights flow: tokens of a tile by slots per expert, and for FP8 slots from which tiles of up
+# to 64 tokens have 384 rows of weights and not 256; intermediate sizes of FP8 shards that flow
+# beyond, and up to how many slots, since every block of the routing looks through all. Measured
+# from 0.4 to 228.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
 FLOW_NARROW = 256
@@ -232,17 +237,20 @@ STREAM_STAGES = {8: 5, 16: 4, 32: 3}
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
     """The method for a call with this many tokens, and its numbers."""
-    if tokens >= ONCE_FROM.get(layer.format, 1) and _once(layer, tokens):
+    once, flowing = _once(layer, tokens), _flowing(layer, tokens)
+    expert = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8  # bytes
+    slots = tokens * layer.top_k * layer.num_local_experts / layer.num_experts  # on this rank
+    if once and flowing is not None:
+        hit = layer.num_local_experts * (1 - exp(-slots / layer.num_local_experts))
+        if hit * expert > ONCE_BYTES:
+            return flowing
+    if once and tokens >= ONCE_FROM.get(layer.format, 1):
         return Once(1)
     most = FEW_TOKENS_NARROW if layer.intermediate_size <= NARROW else FEW_TOKENS
-    slots = tokens * layer.top_k
-    if tokens <= most and slots <= FEW_SLOTS:
-        weights = 3 * layer.intermediate_size * layer.hidden_size * BITS[layer.format] // 8
-        if slots * layer.num_local_experts / layer.num_experts * weights <= FEW_BYTES:
-            return few(layer, tokens)
-    if _once(layer, tokens):
+    if tokens <= most and tokens * layer.top_k <= FEW_SLOTS and slots * expert <= FEW_BYTES:
+        return few(layer, tokens)
+    if once:
         return Once(1)
-    flowing = _flowing(layer, tokens)
     if flowing is not None:
         return flowing
     streamed = _streamed(layer, tokens)
@@ -262,13 +270,16 @@ def _once(layer: LayerConfig, tokens: int) -> bool:
 def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     """Where both GEMMs go through one launch."""
     slots = tokens * layer.top_k / layer.num_experts
-    if layer.format != Fp8BlockWeights.name or build.missing() is not None:
+    if layer.format == Bf16Weights.name or build.missing() is not None:
         return None
-    narrow = layer.intermediate_size <= FLOW_NARROW
+    quantised = layer.format == Fp8BlockWeights.name
+    narrow = quantised and layer.intermediate_size <= FLOW_NARROW
     tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
     if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
         return None  # tokens first
-    if tile <= 64:  # long items, but not where there are few experts to work on
+    if not quantised:
+        choice = flow(layer, tile, 4, 1)
+    elif tile <= 64:  # long items, but not where there are few experts to work on
         choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)
     else:  # items of 96 or 128 hidden columns, whichever the shard fills better
         parts = cdiv(layer.intermediate_size, 32)
@@ -363,18 +374,28 @@ def _once_room(layer: LayerConfig, blocks: int) -> int:
 
 def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
     """The same for `flow.py` and its tiles."""
+    if layer.format not in (Fp8BlockWeights.name, Nvfp4Weights.name):
+        return [(False, "FP8 or NVFP4")]
     h, i, tokens = layer.hidden_size, layer.intermediate_size, choice.tokens
-    if layer.format != Fp8BlockWeights.name:
-        return [(False, "FP8")]
-    assert layer.w13_block is not None
-    assert layer.w2_block is not None
-    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
     fits = _flow_bytes(layer, choice) <= SHARED_BYTES and choice.stages >= 2
-    return [
+    needs = [
         (fits, "2 stages or more that fit into shared memory"),
         (tokens in (8, 16, 32, 64, 96, 128), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
         (choice.groups in (2, 3, 4) and choice.blocks in (1, 2, 3), "2 to 4 groups, 1 to 3 blocks"),
         (tokens * choice.blocks <= {2: 256, 3: 128, 4: 64}.get(choice.groups, 0), "fewer sums"),
+    ]
+    if layer.format == Nvfp4Weights.name:
+        whole = h % 256 == 0 and i % 256 == 0
+        return [
+            *needs,
+            (whole, "hidden and intermediate sizes that are multiples of 256"),
+            (choice.groups * choice.blocks in (2, 4), "2 or 4 blocks of 64 weight rows"),
+        ]
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    return [
+        *needs,
         (h % 64 == 0 and i % 16 == 0, "a hidden size in 64s, an intermediate size in 16s"),
         (n13 % 32 == 0 and n2 % 64 == 0, "one scale for 32 rows of w13 and for 64 of w2"),
         (all(k % 128 == 0 or k in (32, 64) for k in (k13, k2)), "scales for 32 columns or more"),
@@ -382,17 +403,20 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
 
 
 def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
-    """Shared memory of a program."""
-    tokens, stages = choice.tokens, choice.stages
-    assert layer.w13_block is not None
-    assert layer.w2_block is not None
-    parts = choice.groups * choice.blocks
+    """Shared memory of a program; `cuda/flow_shared.cuh` is exact."""
+    tokens, stages, parts = choice.tokens, choice.stages, choice.groups * choice.blocks
     group = 32 * parts  # hidden columns that share a scale; their greatest power of two counts
-    sub13, sub2 = min(128, layer.w13_block[1]), min(128, layer.w2_block[1], group & -group)
-    stage = parts * 8192 + tokens * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 64
-    turned = min(tokens, 32 if parts <= 4 else 16)
-    staging = max(parts * turned * 128, tokens * max(group + 16, 16 * choice.groups))
-    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + 16 * tokens + 128
+    if layer.format == Nvfp4Weights.name:
+        stage = parts * (8192 + 1024) + tokens * 512 + 64
+        turned, row, each = min(tokens, 16), 2 * group + 16, 24
+    else:
+        assert layer.w13_block is not None
+        assert layer.w2_block is not None
+        sub13, sub2 = min(128, layer.w13_block[1]), min(128, layer.w2_block[1], group & -group)
+        stage = parts * 8192 + tokens * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 64
+        turned, row, each = min(tokens, 32 if parts <= 4 else 16), group + 16, 16
+    staging = max(parts * turned * 128, tokens * max(row, 16 * choice.groups))
+    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + each * tokens + 128
 
 
 def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:

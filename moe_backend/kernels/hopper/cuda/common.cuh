@@ -84,6 +84,13 @@ DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier)
         "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
         : "memory");
 }
+DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+        : "memory");
+}
 DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u, int v, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::

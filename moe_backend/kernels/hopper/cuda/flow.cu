@@ -1,14 +1,14 @@
-// Both grouped GEMMs of an FP8 mixture-of-experts layer in one persistent launch, weights first.
+// Both grouped GEMMs of an FP8 or NVFP4 mixture-of-experts layer in one persistent launch, weights first.
 //
-// An earlier launch has quantised the `tokens` and sorted their slots by expert, so that each slot has a
-// position: `list` says which experts were hit and where their positions begin and end, `token_of` which token
-// each is of. This launch makes `hidden` of them, quantised per position and GROUP columns, and of that
-// `partial`, the experts' outputs before the routing weights; a later launch sums those over a token's slots.
+// An earlier launch has brought the `tokens` into the GEMMs' form and sorted their slots by expert, so that each
+// slot has a position: `list` says which experts were hit and where their positions begin and end, `token_of` which
+// token each is of. This launch makes `hidden` of them and of that `partial`, the experts' outputs before the routing
+// weights; a later launch sums those over a token's slots.
 //
 // Operands. With few tokens per expert time goes by bytes of weights, so weights are the first operand,
 // 64 rows of an MMA, and tokens the narrow side: the narrowest of 8, 16, 24, 32, 48, 64, 96 and 128
-// columns that holds the tile's tokens. The accelerator brings gate and up rows in turns of eight, so that a thread has the gate
-// (row g of an MMA's 16 rows a warp) and the up (row g + 8) of a hidden column.
+// columns that holds the tile's tokens. The accelerator brings gate and up rows in turns of eight, so that a
+// thread has the gate (row g of an MMA's 16 rows a warp) and the up (row g + 8) of a hidden column.
 //
 // Items. One of the first GEMM is PARTS parts of 32 hidden columns, one of the second PARTS parts of 64
 // output rows, each for all of K and for a tile of an expert's tokens: up to MOST, the expert's tokens
@@ -21,53 +21,43 @@
 // are on their way meanwhile.
 //
 // Roles. A warp claims items, shortly before they are needed, so that blocks end together; another
-// copies, and two fetch tokens for the first GEMM from wherever they are; WARP_GROUPS warp groups multiply, the parts of an item dealt out among them. A step is 128
-// columns of K: its weights, tokens and scales are a stage of the ring, completed by one barrier. What
-// the item is comes with its first stage; an item without parts is the end. Every sum of SUB products is
-// scaled in fp32: by the weights' scale, which is the same for all rows of a part (of gate and of up
-// rows), and by the token's.
+// copies, and two fetch tokens for the first GEMM from wherever they are; WARP_GROUPS warp groups
+// multiply, the parts of an item dealt out among them. A step is STEP columns of K: its weights, tokens and
+// scales are a stage of the ring, completed by one barrier. What the item is comes with its first stage; an
+// item without parts is the end.
+//
+// Formats. FP8 weights meet tokens and hidden columns in e4m3, quantised per 128 and GROUP columns. Every sum of
+// SUB products is scaled in fp32: by the weights' scale, which is the same for all rows of a part (of gate and of
+// up rows), and by the token's. NVFP4 weights meet bf16: codes times block scales are bf16, exactly, in registers;
+// the experts' global scales multiply an item's sums. (`flow_fp8_*.cuh`, `flow_nvfp4_*.cuh`.)
 //
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
-// Compile-time constants: WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3), MOST (tokens of a tile:
-// 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and 64 for 2, 3 and 4 warp
-// groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), N13, K13, N2, K2 (rows and columns of a
-// weight scale), SHARED_BYTES (what the launch asks for).
+// Compile-time constants: FORMAT, WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3; NVFP4: 2 or 4 parts in
+// all), MOST (tokens of a tile: 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and
+// 64 for 2, 3 and 4 warp groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SHARED_BYTES (what the
+// launch asks for); FP8: N13, K13, N2, K2 (rows and columns of a weight scale).
 #include "flow_copies.cuh"
 #include "flow_epilogues.cuh"
 #include "flow_items.cuh"
-#include "flow_products.cuh"
+#if FORMAT == 1
+#include "flow_fp8_products.cuh"
+#else
+#include "flow_nvfp4_products.cuh"
+#endif
 
 // All of an item, by a warp group.
 template <int N, bool GATED>
 DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, Ring& ring, Place place) {
-    const int depth = layer.depth(GATED);
     float sums[BLOCKS][N / 2];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sums[b][i] = 0.0f;
     }
-    for (int k0 = 0; k0 < depth; k0 += STEP) {
-        barrier_wait(&shared.full[ring.stage], ring.phase);
-        if (GATED) fence_async_shared();  // tokens came by ordinary copies
-        const u8* matrices = shared.matrices[ring.stage];
-        const u64 tokens = shared_matrix(matrices + PARTS * PART_BYTES);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const int part = WARP_GROUPS * b + place.group;
-            if (part < item.parts) {
-                add_step<N, GATED>(sums[b], shared_matrix(matrices + part * PART_BYTES), tokens,
-                                   shared.weight_scales[ring.stage] + part * PART_SCALES,
-                                   shared.token_scales[ring.stage][0] + place.column(), k0, depth);
-            }
-        }
-        fence_async_shared();  // the scales are read before others are copied there
-        __syncwarp();
-        if (place.lane == 0) barrier_arrive(&shared.empty[ring.stage]);
-        ring.advance();
-    }
+    add_steps<N, GATED>(sums, layer, shared, item, ring, place);
     compute_here(place.lane);
+    scale_sums<N, GATED>(sums, layer, item);
     if (GATED) store_hidden<N>(layer, shared, item, sums, place);
     else store_rows<N>(layer, shared, item, sums, place);
 }
@@ -98,25 +88,33 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
     }
 }
 
-// w13: `[E, I / 8, (gate, up), 8, H]` e4m3 in boxes of 1, 4, 2, 8 and 128; w2: `[E * H, I]` in boxes of 64
-// and 128; hidden: `[positions, I]` e4m3 in boxes of 32, of 8 and 128. All with the 128-byte swizzle.
-// tokens: `[num_tokens, H]` e4m3; token_scale: `[H / 128, num_tokens]`; token_of: `[positions]`.
+// FP8. w13: `[E, I / 8, (gate, up), 8, H]` e4m3 in boxes of 1, 4, 2, 8 and 128; w2: `[E * H, I]` in boxes of 64
+// and 128; hidden32, hidden8: `[positions, I]` e4m3 in boxes of 32, of 8 and 128. All with the 128-byte swizzle.
+// tokens: `[num_tokens, H]` e4m3; token_scale: `[H / 128, num_tokens]`; hidden_scale: `[I / GROUP, positions]`.
 // w13_scale: `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, scale_rows2, scale_columns2]`.
-// hidden_scale: `[I / GROUP, positions]`; positions a multiple of 4, and so every expert's first.
+// H is a multiple of 64, I of 16.
+//
+// NVFP4, in bytes of two codes. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and 128; w2:
+// `[E * H, I / 2]` in boxes of 64 and 128; hidden8: `[I / 64, positions, 128]` of bf16 in boxes of 4, 8 and 128.
+// tokens and hidden: bf16, `[num_tokens, H]` and `[positions, I]`, columns in the decoder's order.
+// w13_scale: e4m3 `[E, (gate, up), I, H / 16]`; w2_scale: `[E, H, I / 16]`; w13_global: `[E, (gate, up)]`; w2_global:
+// `[E]`. H and I are multiples of 256.
+//
+// token_of: `[positions]`; positions a multiple of 4, and so every expert's first.
 // list: how many experts, and of each three numbers: expert, first position, end position.
 // counters: `[1 + experts hit]`, zero before.
-// partial: `[positions, H]` bf16. H is a multiple of 64, I of 16.
+// partial: `[positions, H]` bf16.
 KERNEL void __launch_bounds__(THREADS, 1) flow(
     const GRID_CONSTANT TensorMap w13, const GRID_CONSTANT TensorMap w2,
-    const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8, const float* w13_scale,
-    const float* w2_scale, const u8* tokens, const float* token_scale, const int* list, const int* token_of,
-    int* counters, u8* hidden, float* hidden_scale, u16* partial, float limit, float alpha, float beta,
-    int H, int I, int num_tokens, int positions, int scale_rows13, int scale_columns13, int scale_rows2,
-    int scale_columns2) {
+    const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8, const Scale* w13_scale,
+    const Scale* w2_scale, const float* w13_global, const float* w2_global, const u8* tokens,
+    const float* token_scale, const int* list, const int* token_of, int* counters, u8* hidden,
+    float* hidden_scale, u16* partial, float limit, float alpha, float beta, int H, int I, int num_tokens,
+    int positions, int scale_rows13, int scale_columns13, int scale_rows2, int scale_columns2) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Layer layer = {&w13, &w2, &hidden32, &hidden8, w13_scale, w2_scale, tokens,
-                         token_scale, list, token_of, counters, counters + 1, hidden, hidden_scale, partial,
+    const Layer layer = {&w13, &w2, &hidden32, &hidden8, w13_scale, w2_scale, w13_global, w2_global,
+                         tokens, token_scale, list, token_of, counters, counters + 1, hidden, hidden_scale, partial,
                          limit, alpha, beta, H, I, num_tokens, positions, scale_rows13, scale_columns13,
                          scale_rows2, scale_columns2};
     if (threadIdx.x == 0) {

@@ -23,10 +23,10 @@ struct alignas(16) Hit {
 };
 
 struct Shared {
-    u8 matrices[STAGES][PARTS * PART_BYTES + MOST * STEP];
+    u8 matrices[STAGES][PARTS * PART_BYTES + MOST * TOKEN_BYTES];
     u8 staging[STAGING_BYTES];
-    float token_scales[STAGES][2][MOST];
-    float weight_scales[STAGES][PARTS * PART_SCALES];
+    float token_scales[SCALED_STAGES][2][MOST];
+    alignas(16) Scale weight_scales[STAGES][PARTS * PART_SCALES];
     Item items[STAGES];
     Item queue[QUEUE];
     int tokens[QUEUE + 1][MOST];  // of items of the first GEMM; one of them may still be copied
@@ -41,12 +41,13 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
 struct Layer {
     const TensorMap *w13, *w2;
     const TensorMap *hidden32, *hidden8;  // boxes of 32 and of 8 positions
-    const float *w13_scale, *w2_scale;
+    const Scale *w13_scale, *w2_scale;
+    const float *w13_global, *w2_global;
     const u8* tokens;
     const float* token_scale;
     const int *list, *token_of;
     int *ticket, *ready;
-    u8* hidden;
+    u8* hidden;  // bytes of e4m3 or bf16, as `tokens` are
     float* hidden_scale;
     u16* partial;
     float limit, alpha, beta;
@@ -74,3 +75,18 @@ struct Ring {
         for (int i = 0; i < steps; i++) advance();
     }
 };
+
+// Number of a consumer's warp group, and of its warp and lane therein.
+struct Place {
+    int group, warp, lane;
+
+    DEVICE int row() const { return lane / 4; }
+    DEVICE int column() const { return lane % 4 * 2; }
+};
+
+// A warp has read all of a stage.
+DEVICE void release(Shared& shared, int stage, const Place& place) {
+    fence_async_shared();  // what it read comes before others are copied there
+    __syncwarp();
+    if (place.lane == 0) barrier_arrive(&shared.empty[stage]);
+}

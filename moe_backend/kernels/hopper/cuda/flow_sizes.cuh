@@ -3,10 +3,14 @@
 
 #include "warps.cuh"
 
-constexpr int STEP = 128;                    // columns of K, bytes
-constexpr int PART_BYTES = 64 * STEP;        // of a part's step: 64 rows
+enum { FP8 = 1, NVFP4 = 2 };
+
+constexpr int LINE = 128;                                 // bytes of a row's codes in a step
+constexpr int STEP = FORMAT == NVFP4 ? 256 : 128;         // columns of K
+constexpr int TOKEN_BYTES = FORMAT == NVFP4 ? 512 : 128;  // of a token in a step: bf16, or e4m3
+constexpr int PART_BYTES = 64 * LINE;                     // of a part's step: 64 rows
 constexpr int PARTS = WARP_GROUPS * BLOCKS;  // of an item
-constexpr int GROUP = 32 * PARTS;            // hidden columns of an item, which share a scale
+constexpr int GROUP = 32 * PARTS;            // hidden columns of an item, which share a scale if they have one
 constexpr int ROWS = 64 * PARTS;             // output rows of an item
 constexpr int CONSUMER_WARPS = 4 * WARP_GROUPS;
 constexpr int CONSUMERS = 32 * CONSUMER_WARPS;
@@ -22,6 +26,11 @@ DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+constexpr int MOST_SUMS = WARP_GROUPS == 2 ? 256 : WARP_GROUPS == 3 ? 128 : 64;
+static_assert(MOST % 8 == 0 && MOST <= 128 && BLOCKS * MOST <= MOST_SUMS, "registers");
+
+#if FORMAT == 1
+
 // Products that are summed before they are scaled: those that have one scale of weights and of tokens.
 constexpr int SUB13 = least(STEP, K13);
 constexpr int SUB2 = least(least(STEP, K2), GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : 32);
@@ -29,15 +38,26 @@ static_assert(N13 % 32 == 0 && N2 % 64 == 0, "one scale for the rows of a part")
 static_assert(STEP % SUB13 == 0 && K13 % SUB13 == 0 && SUB13 % 32 == 0, "one scale for SUB13 columns");
 static_assert(STEP % SUB2 == 0 && K2 % SUB2 == 0 && GROUP % SUB2 == 0 && SUB2 % 32 == 0, "the same for SUB2");
 static_assert(GROUP >= 64, "two scales of a token for a step at most");
-constexpr int MOST_SUMS = WARP_GROUPS == 2 ? 256 : WARP_GROUPS == 3 ? 128 : 64;
-static_assert(MOST % 8 == 0 && MOST <= 128 && BLOCKS * MOST <= MOST_SUMS, "registers");
 
 // Scales of a part's weights in a step: of the first GEMM gate's and up's.
 constexpr int SCALES13 = 2 * (STEP / SUB13);
 constexpr int SCALES2 = STEP / SUB2;
 constexpr int PART_SCALES = most(SCALES13, SCALES2);
 
-// Tokens whose outputs are turned around at once.
-constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);
-constexpr int CODE_STRIDE = GROUP + 16;  // bytes; an odd multiple of 16, against bank conflicts
-constexpr int STAGING_BYTES = most(most(PARTS * TURNED * 128, MOST * CODE_STRIDE), 4 * CONSUMER_WARPS * MOST);
+typedef float Scale;
+constexpr int SCALED_STAGES = STAGES;                      // whose tokens have scales
+constexpr int HIDDEN_BYTES = GROUP + 16;                   // of a token, staged; odd 16s, against bank conflicts
+constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);  // tokens whose outputs are turned around at once
+
+#else
+
+static_assert(PARTS == 2 || PARTS == 4, "items that divide 256 hidden columns, and 256 output rows");
+typedef u8 Scale;
+constexpr int PART_SCALES = 64 * 16;          // a part's in a step: of 64 rows one for every 16 columns
+constexpr int SCALED_STAGES = 1;              // tokens have none; arrays are not empty
+constexpr int HIDDEN_BYTES = 2 * GROUP + 16;  // as above
+constexpr int TURNED = least(MOST, 16);       // less, so that four stages fit with tiles of 32 tokens
+
+#endif
+
+constexpr int STAGING_BYTES = most(most(PARTS * TURNED * 128, MOST * HIDDEN_BYTES), 4 * CONSUMER_WARPS * MOST);

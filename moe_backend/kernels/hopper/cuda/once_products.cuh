@@ -1,9 +1,8 @@
 // once.cu: products of 16 weight rows and all tokens, by one warp, and their sums.
 #pragma once
 
+#include "nvfp4.cuh"
 #include "once_sizes.cuh"
-
-template <class T> DEVICE T read(const void* p) { return *static_cast<const T*>(p); }
 
 typedef float Sums[TOKEN_BLOCKS][CHAINS][4];  // of 16 rows and all tokens, as an MMA leaves them
 typedef u32 Operand[TOKEN_BLOCKS][WORDS];     // tokens, as MMAs take them
@@ -34,23 +33,6 @@ DEVICE void multiply_words(Sums& d, u32 a0, u32 a1, u32 a2, u32 a3, const Operan
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n)
         mma_bf16(d[n][index % CHAINS], a, b[n][2 * index], b[n][2 * index + 1]);
-}
-
-// Two e4m3 block scales as bf16 times 2**118: their bits four to the left are bf16 times 2**-120.
-DEVICE u32 decode_scales(u32 two) {
-    u32 spread = ((two | two << 8) & 0x00FF00FF) << 4;
-    return multiply_bf16(multiply_bf16(spread, 0x7B007B00), 0x7B007B00);
-}
-
-// Eight e2m1 codes as bf16 times a scale. A product puts a code's sign at bit 15 and its other bits at
-// 6..8 of a bf16, where they read as its magnitude times 2**-126. Multiplied, not shifted: shifts and
-// logic share a pipe, which is what bounds the decoder. The caller owes 2**8.
-DEVICE void decode(u32 (&pairs)[4], u32 word, u32 scale) {
-    u32 high = word >> 8;
-    pairs[0] = multiply_bf16((word & 0x000F000F) * 0x1040 & 0x81C081C0, scale);
-    pairs[1] = multiply_bf16((word & 0x00F000F0) * 0x104 & 0x81C081C0, scale);
-    pairs[2] = multiply_bf16((high & 0x000F000F) * 0x1040 & 0x81C081C0, scale);
-    pairs[3] = multiply_bf16((high & 0x00F000F0) * 0x104 & 0x81C081C0, scale);
 }
 
 DEVICE void multiply_nvfp4(Sums& d, const u8* a, const u8* a8, const u8* scales, const u8* scales8,

@@ -1,15 +1,16 @@
-// The slots of a call sorted by expert, and its tokens quantised, in one launch.
+// The slots of a call sorted by expert, and its tokens quantised or their columns reordered, in one launch.
 //
 // A slot is one of a token's TOP_K choices. Those of local experts get positions: expert by expert, in order
 // of the slots, each expert's first a multiple of 4. So that no block waits for another, each counts for itself
 // how many slots every expert has, and how many of those come before its own. The last block writes the list
 // of experts; each other has `each` tokens, gives their slots positions and quantises them, per 128 columns, to
-// e4m3; tokens without a local expert are left out.
+// e4m3, or keeps them in bf16 with columns in the order of the NVFP4 decoder; tokens without a local expert are left
+// out.
 //
 // Nothing depends on the order in which threads run: what they add together are whole numbers.
 //
 // Compile-time constants: EXPERTS (local), NUM_IDS (ids from there on are left out, as -1 is), TOP_K, HAS_MAP,
-// IDS64, WEIGHT_ON_INPUT (with TOP_K 1).
+// IDS64, WEIGHT_ON_INPUT (with TOP_K 1), QUANTISED.
 #include "warps.cuh"
 
 constexpr int THREADS = 512;
@@ -22,6 +23,7 @@ struct Shared {
     int total[EXPERTS], before[EXPERTS], start[EXPERTS];
     int position[ROUND * TOP_K];
     int warp_sums[THREADS / 32];
+    alignas(16) u32 ordered[QUANTISED ? 1 : THREADS / 32][128];  // a warp's 256 columns
 };
 
 struct Call {
@@ -159,9 +161,37 @@ DEVICE void quantise(const Piece& piece, float weight, long long token, int colu
     }
 }
 
-// x: `[tokens, H]` bf16, H a multiple of 8; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
+// A warp's 256 columns in the order in which the decoder of NVFP4 yields codes: of a thread's eight, neighbours in
+// one of four times 64, the even ones come before all odd ones.
+DEVICE void reorder(const Piece& piece, float weight, u32* ordered, long long token, int column, int H, u8* operand) {
+    u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
+    if (WEIGHT_ON_INPUT) {
+#pragma unroll
+        for (u32& pair : pairs) pair = to_bf16(low_bf16(pair) * weight, high_bf16(pair) * weight);
+    }
+    const int lane = threadIdx.x % 32;
+    u32* to = ordered + lane % 8 * 8 + lane / 8;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // columns 0 and 4, then 2 and 6; and the odd ones after these
+        to[4 * i] = __byte_perm(pairs[i], pairs[2 + i], 0x5410);
+        to[64 + 4 * i] = __byte_perm(pairs[i], pairs[2 + i], 0x7632);
+    }
+    __syncwarp();
+    const uint4 bits = *reinterpret_cast<const uint4*>(ordered + 4 * lane);
+    if (column < H) *reinterpret_cast<uint4*>(operand + (token * H + column) * 2) = bits;
+    __syncwarp();
+}
+
+// A thread's eight columns of a token as the GEMMs want them.
+DEVICE void prepare(Shared& shared, const Piece& piece, float weight, long long token, int column, int H, int tokens,
+                    u8* operand, float* operand_scale) {
+    if (QUANTISED) quantise(piece, weight, token, column, H, tokens, operand, operand_scale);
+    else reorder(piece, weight, shared.ordered[threadIdx.x / 32], token, column, H, operand);
+}
+
+// x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if not QUANTISED; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
 // topk_weights: `[tokens, 1]` if WEIGHT_ON_INPUT.
-// operand: e4m3 `[tokens, H]`; operand_scale: `[H / 128, tokens]`.
+// operand: `[tokens, H]`, e4m3 with operand_scale, `[H / 128, tokens]`, or bf16.
 // position: `[tokens, TOP_K]`, -1 for slots that are left out; token_of: `[positions]`.
 // counters: so many zeros for the launch to come.
 KERNEL void __launch_bounds__(THREADS, 2) route(
@@ -198,11 +228,11 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
             for (int k = 0; k < TOP_K; k++) local = local || positions[k] >= 0;
             if (!local) continue;
             const float weight = WEIGHT_ON_INPUT ? topk_weights[token] : 1.0f;
-            quantise(piece, weight, token, column, H, tokens, operand, operand_scale);
+            prepare(shared, piece, weight, token, column, H, tokens, operand, operand_scale);
             for (int c = column + 8 * THREADS; c - column < H; c += 8 * THREADS) {
                 Piece more;
                 more.load(x, token, c, H);
-                quantise(more, weight, token, c, H, tokens, operand, operand_scale);
+                prepare(shared, more, weight, token, c, H, tokens, operand, operand_scale);
             }
         }
         __syncthreads();

@@ -3,6 +3,8 @@
 // An operand is a tile of rows of 128 bytes, K along them, as the tensor memory accelerator writes
 // it with the 128-byte swizzle: 1024 bytes for eight rows, at a multiple of 1024.
 //
+// With bf16 the first operand is in registers.
+//
 // Between wgmma_fence and wgmma_wait nothing else may touch the sums; wgmma_touch tells the compiler,
 // for which they are ready as soon as an MMA is issued, not to use them before.
 #pragma once
@@ -13,9 +15,12 @@
 
 // PTX ISA, "Shared memory matrix layout": address, distance of two groups of eight rows, both in
 // units of 16 bytes, and the swizzle (1: 128 bytes). The other distance is unused with it.
-DEVICE u64 shared_matrix(const void* tile) {
-    return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
+DEVICE u64 shared_matrix(const void* tile, int bytes_of_eight_rows = 1024) {
+    return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | static_cast<u64>(bytes_of_eight_rows >> 4) << 32 |
+           1ull << 62;
 }
+// The tile so many times eight rows of 128 bytes further on.
+DEVICE u64 matrix_on(u64 matrix, int times) { return matrix + times * (1024 >> 4); }
 // The same tile, so many bytes further along K, fewer than 128.
 DEVICE u64 columns_on(u64 matrix, int bytes) { return matrix + (bytes >> 4); }
 
@@ -29,10 +34,23 @@ template <int N> DEVICE void wgmma_touch(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Operands that MMAs read are computed before this: where they are still being computed behind the fence, the
+// assembler lets each MMA wait for the one before.
+template <int M> DEVICE void wgmma_settle(u32 (&a)[M][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm volatile("mov.b32 %0, %1;" : "=r"(a[m][i]) : "r"(a[m][i]) : "memory");
+    }
+}
+
 // d (+)= a b: 64 rows of a, N columns of b (rows of its tile), 32 deep, e4m3. Of the group's warp w
 // and its lane 4g+t, d[4j] and d[4j+1] are row 16w+g at columns 8j+2t and 8j+2t+1, d[4j+2] and
 // d[4j+3] those of row 16w+g+8.
 template <int N> DEVICE void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool accumulate);
+// d += a b: the same 16 deep, bf16; of a thread a is rows g, g+8, g, g+8 of its warp's 16, at columns from 2t, 2t,
+// 2t+8, 2t+8.
+template <int N> DEVICE void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u64 b);
 
 #define LIST_4 "%0, %1, %2, %3"
 #define LIST_8 LIST_4 ", %4, %5, %6, %7"
@@ -66,6 +84,25 @@ WGMMA_FP8(64, 32, 32, 33, 34, SIXTEEN(0), SIXTEEN(16))
 WGMMA_FP8(96, 48, 48, 49, 50, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32))
 WGMMA_FP8(128, 64, 64, 65, 66, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
 
+// SUMS registers, of which the numbers after them are a, b and that it accumulates.
+#define WGMMA_BF16(N, SUMS, A, B, C, D, MATRIX, ACCUMULATE, ...)                                            \
+    template <> DEVICE void wgmma_bf16<N>(float(&d)[N / 2], const u32 (&a)[4], u64 b) {                     \
+        asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" #ACCUMULATE ", 0;\n"                        \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST_##SUMS               \
+                     "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #MATRIX ", more, 1, 1, 0;\n}"            \
+                     : __VA_ARGS__                                                                          \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                         \
+    }
+WGMMA_BF16(8, 4, 4, 5, 6, 7, 8, 9, FOUR(0))
+WGMMA_BF16(16, 8, 8, 9, 10, 11, 12, 13, EIGHT(0))
+WGMMA_BF16(24, 12, 12, 13, 14, 15, 16, 17, EIGHT(0), FOUR(8))
+WGMMA_BF16(32, 16, 16, 17, 18, 19, 20, 21, SIXTEEN(0))
+WGMMA_BF16(48, 24, 24, 25, 26, 27, 28, 29, SIXTEEN(0), EIGHT(16))
+WGMMA_BF16(64, 32, 32, 33, 34, 35, 36, 37, SIXTEEN(0), SIXTEEN(16))
+WGMMA_BF16(96, 48, 48, 49, 50, 51, 52, 53, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32))
+WGMMA_BF16(128, 64, 64, 65, 66, 67, 68, 69, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
+
+#undef WGMMA_BF16
 #undef WGMMA_FP8
 #undef SIXTEEN
 #undef EIGHT

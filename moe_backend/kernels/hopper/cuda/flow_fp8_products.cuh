@@ -1,16 +1,8 @@
-// flow.cu: a part's products of a step, by a warp group, and their scales.
+// flow.cu: FP8: a part's products of a step, by a warp group, and their scales.
 #pragma once
 
-#include "flow_sizes.cuh"
+#include "flow_shared.cuh"
 #include "wgmma.cuh"
-
-// Number of a consumer's warp group, and of its warp and lane therein.
-struct Place {
-    int group, warp, lane;
-
-    DEVICE int row() const { return lane / 4; }
-    DEVICE int column() const { return lane % 4 * 2; }
-};
 
 // sums += products * scale of the weights * scale of the token; two scales of weights: of row g, and
 // of row g + 8.
@@ -117,3 +109,30 @@ DEVICE void add_step(float (&sums)[N / 2], u64 weights, u64 tokens, const float*
         add_step_in_runs<N, GATED>(sums, weights, tokens, weight_scales, token_scales, k0, depth);
     }
 }
+
+// All of an item's products with their scales, by a warp group.
+template <int N, bool GATED>
+DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& shared, const Item& item, Ring& ring,
+                      const Place& place) {
+    const int depth = layer.depth(GATED);
+    for (int k0 = 0; k0 < depth; k0 += STEP) {
+        barrier_wait(&shared.full[ring.stage], ring.phase);
+        if (GATED) fence_async_shared();  // tokens came by ordinary copies
+        const u8* matrices = shared.matrices[ring.stage];
+        const u64 tokens = shared_matrix(matrices + PARTS * PART_BYTES);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const int part = WARP_GROUPS * b + place.group;
+            if (part < item.parts) {
+                add_step<N, GATED>(sums[b], shared_matrix(matrices + part * PART_BYTES), tokens,
+                                   shared.weight_scales[ring.stage] + part * PART_SCALES,
+                                   shared.token_scales[ring.stage][0] + place.column(), k0, depth);
+            }
+        }
+        release(shared, ring.stage, place);
+        ring.advance();
+    }
+}
+
+// Scales of all of an item: they are in its steps.
+template <int N, bool GATED> DEVICE void scale_sums(float (&)[BLOCKS][N / 2], const Layer&, const Item&) {}
