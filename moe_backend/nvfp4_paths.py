@@ -19,9 +19,10 @@ from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
 from moe_backend.kernels.registry import LayerConfig
 
 # Tokens per expert from which folding is worth 1.78 times the memory and some accuracy. Measured
-# on an H200 (`moe-backend bench`, deepseek-v4-flash-ep8 and -folded, both through the Hopper
-# kernels): at 6 packed takes 0.78 of the time, at 24 0.96; at 96 folded takes 0.73 of it.
-CROSSOVER_TOKENS_PER_EXPERT = 32
+# on an H200 (deepseek-v4-flash-ep8 and -folded, both through the Hopper kernels, folded ones before
+# `Flow`): at 6 packed takes 0.69 of the time, at 24 0.80, at 48 233 us, which is what lies between
+# folded's 229 at 24 and 275 at 96; there folded takes 0.70 of packed's.
+CROSSOVER_TOKENS_PER_EXPERT = 48
 
 
 class Nvfp4Path(StrEnum):

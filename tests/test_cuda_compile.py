@@ -406,6 +406,7 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
         ("step-3.5-tp8-even", 4096, (128, 3, 1)),
         ("step-3.5-tp8-padded", 4096, (128, 2, 2)),
         ("step-3.5-ep8", 1024, (64, 3, 2)),
+        ("deepseek-v4-flash-ep8", 16, (8, 2, 1)),
         ("deepseek-v4-flash-ep8", 64, (8, 4, 1)),
         ("deepseek-v4-flash-ep8", 1024, (64, 4, 1)),
     ],

@@ -41,8 +41,8 @@ def _unset(monkeypatch):
     ("deployment", "path", "reason"),
     [
         (Deployment(256, 10**12, 42), "packed", "7 tokens per expert expected, FP8 is faster from"),
-        (Deployment(MANY, 10**12, 42), "folded", "32 tokens per expert expected, and the .* fit"),
-        (Deployment(MANY - 36, 10**12, 42), "packed", "31 tokens per expert"),
+        (Deployment(MANY, 10**12, 42), "folded", "48 tokens per expert expected, and the .* fit"),
+        (Deployment(MANY - 36, 10**12, 42), "packed", "47 tokens per expert"),
         (Deployment(MANY, GROWTH, 42), "folded", "9.7 GiB that FP8 adds fit"),
         (
             Deployment(MANY, GROWTH - 1, 42),

@@ -221,6 +221,9 @@ ONCE_BYTES = 400e6
 # from 0.4 to 228.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
+# NVFP4 items of 128 hidden columns, of all experts hit, below which they have 64 instead: one and a
+# half for each of an H200's multiprocessors. Measured at 96 and 160, and far above.
+FLOW_ITEMS = 200
 FLOW_NARROW = 256
 FLOW_MOST_SLOTS = 1 << 17
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
@@ -278,7 +281,9 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
         return None  # tokens first
     if not quantised:
-        choice = flow(layer, tile, 4, 1)
+        hit = layer.num_local_experts * (1 - exp(-slots))
+        items = hit * cdiv(layer.intermediate_size, 128)
+        choice = flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
     elif tile <= 64:  # long items, but not where there are few experts to work on
         choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)
     else:  # items of 96 or 128 hidden columns, whichever the shard fills better
