@@ -347,8 +347,8 @@ def test_what_once_cannot_take_is_refused(layer, changes, tokens, count, wanted)
         (EP8, blocks(k2=16), Flow(8, 2, 2, 4), "scales for 32 columns or more"),
         (V4, {}, Flow(128, 2, 2, 2), "2 stages or more that fit into shared memory"),
         (V4, {}, Flow(8, 3, 1, 4), "2 or 4 blocks of 64 weight rows"),
-        (V4, {"hidden_size": 4224}, Flow(8, 2, 2, 4), "sizes that are multiples of 256"),
-        (V4, {"intermediate_size": 1920}, Flow(8, 2, 2, 4), "sizes that are multiples of 256"),
+        (V4, {"hidden_size": 4224}, Flow(8, 2, 2, 4), "a hidden size that is a multiple of 256"),
+        (V4, {"intermediate_size": 1952}, Flow(8, 2, 2, 4), "size that is a multiple of 64"),
     ],
 )
 def test_what_flow_cannot_take_is_refused(layer, changes, choice, wanted):

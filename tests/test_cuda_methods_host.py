@@ -96,6 +96,9 @@ def test_flow(launches, layout):
         ("dropped", (32, 4, 1), (768, 256)),
         ("ep", (64, 4, 1), (256, 256)),
         ("unsharded", (8, 4, 1), (512, 512)),
+        ("ep", (8, 2, 2), (256, 192)),
+        ("unsharded", (16, 4, 1), (512, 320)),
+        ("dropped", (16, 2, 1), (256, 384)),
     ],
 )
 def test_flow_of_nvfp4(launches, layout, tile, sizes):

@@ -39,6 +39,7 @@ TILES = (
     *((128, 2, 2), (128, 3, 1)),
 )
 NVFP4 = Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512)
+PADDED = Case("nvfp4", STEP, hidden_size=512, intermediate_size=320)
 NVFP4_TILES = (8, 2, 2), (8, 2, 1), (16, 2, 2), (32, 4, 1), (64, 2, 2), (96, 2, 2), (128, 2, 1)
 
 
@@ -87,7 +88,7 @@ def test_once(case):
 
 @pytest.mark.parametrize(
     ("case", "tile"),
-    [*product(FLOW, TILES), *product((NVFP4,), NVFP4_TILES)],
+    [*product(FLOW, TILES), *product((NVFP4,), NVFP4_TILES), *product((PADDED,), NVFP4_TILES[::3])],
     ids=lambda c: f"{c.format}-{c.intermediate_size}" if isinstance(c, Case) else str(c),
 )
 def test_flow(case, tile):

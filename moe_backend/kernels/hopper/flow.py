@@ -39,15 +39,16 @@ def run(
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     kernel = _kernel(layer, choice)
     positions = positions_of(layer, slots)
-    wide, scales, groups = 2, 0, 0  # bytes of an activation; its scales, and a hidden row's
     if layer.format == Fp8BlockWeights.name:
-        wide, scales = 1, cdiv(h, 128)
-        groups = cdiv(i, 32 * choice.groups * choice.blocks)
+        wide, columns, scales = 1, i, cdiv(h, 128)  # bytes of an activation; a hidden row's columns
+        groups = cdiv(i, 32 * choice.groups * choice.blocks)  # scales of a token, of a hidden row
+    else:
+        wide, columns, scales, groups = 2, _padded(i), 0, 0
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (
         carve(
             w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
-            4 * (1 + 3 * e), 4 * counters, wide * positions * i, 4 * groups * positions,
+            4 * (1 + 3 * e), 4 * counters, wide * positions * columns, 4 * groups * positions,
             2 * positions * h,
         )
     )  # fmt: skip
@@ -59,7 +60,7 @@ def run(
         kernel, sms, 128 * (choice.groups + 1),
         [*_maps(layer, w13, w2, hidden, positions), w13_scale, w2_scale, w13_global, w2_global,
          operand, scale, experts, token_of, counts, hidden, hidden_scale, partial,
-         activation.limit or 0.0, activation.alpha, activation.beta, h, i, tokens, positions,
+         activation.limit or 0.0, activation.alpha, activation.beta, h, columns, tokens, positions,
          w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
     combine(layer, partial, position, weights, out)
@@ -85,6 +86,8 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         assert layer.w2_block is not None
         blocks = layer.w13_block + layer.w2_block
         constants |= zip(("N13", "K13", "N2", "K2"), blocks, strict=True)
+    else:
+        constants["PADDED"] = int(layer.intermediate_size != _padded(layer.intermediate_size))
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 
 
@@ -109,8 +112,14 @@ def _maps(
     of_each_64 = TensorMap(
         w13, (row, 64, 2, i // 64, e), (row, i * row, 64 * row, 2 * i * row), (128, 8, 2, 4, 1)
     )
-    lines = TensorMap(hidden, (128, positions, i // 64), (2 * i, 128), (128, 8, 4))
+    columns = _padded(i)
+    lines = TensorMap(hidden, (128, positions, columns // 64), (2 * columns, 128), (128, 8, 4))
     return [of_each_64, _rows(w2, e * h, i // 2, 64), lines, lines]
+
+
+def _padded(columns: int) -> int:
+    """Hidden columns as NVFP4's second GEMM reads them, in whole groups of the decoder's order."""
+    return cdiv(columns, 256) * 256
 
 
 def _rows(matrix: torch.Tensor | Memory, rows: int, width: int, box: int) -> TensorMap:

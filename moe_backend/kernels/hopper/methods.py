@@ -159,6 +159,8 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         slots = tokens * layer.top_k / layer.num_experts
         sizes = [n for n in tiles.STREAM_STAGES if n <= max(8, 3 * slots)]
         nearest[Stream] = tiles.stream(max(sizes))
+    if layer.format == Nvfp4Weights.name and not isinstance(default, Flow):
+        nearest[Flow] = tiles.flow_nvfp4(layer, tokens)
     blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
     if blocks and not isinstance(default, Once):
         nearest[Once] = Once(blocks)  # beyond eight tokens it never is the default

@@ -276,14 +276,14 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     if layer.format == Bf16Weights.name or build.missing() is not None:
         return None
     quantised = layer.format == Fp8BlockWeights.name
+    if not quantised and layer.intermediate_size % 256:
+        return None  # not measured yet; tuning tries it
     narrow = quantised and layer.intermediate_size <= FLOW_NARROW
     tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
     if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
         return None  # tokens first
     if not quantised:
-        hit = layer.num_local_experts * (1 - exp(-slots))
-        items = hit * cdiv(layer.intermediate_size, 128)
-        choice = flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
+        choice = flow_nvfp4(layer, tokens)
     elif tile <= 64:  # long items, but not where there are few experts to work on
         choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)
     else:  # items of 96 or 128 hidden columns, whichever the shard fills better
@@ -390,10 +390,10 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
         (tokens * choice.blocks <= {2: 256, 3: 128, 4: 64}.get(choice.groups, 0), "fewer sums"),
     ]
     if layer.format == Nvfp4Weights.name:
-        whole = h % 256 == 0 and i % 256 == 0
         return [
             *needs,
-            (whole, "hidden and intermediate sizes that are multiples of 256"),
+            (h % 256 == 0, "a hidden size that is a multiple of 256"),
+            (i % 64 == 0, "an intermediate size that is a multiple of 64"),
             (choice.groups * choice.blocks in (2, 4), "2 or 4 blocks of 64 weight rows"),
         ]
     assert layer.w13_block is not None
@@ -431,6 +431,14 @@ def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:
         if _flow_bytes(layer, choice) <= SHARED_BYTES:
             return choice
     return Flow(tokens, groups, blocks, 2)
+
+
+def flow_nvfp4(layer: LayerConfig, tokens: int) -> Flow:
+    """NVFP4's tiles for so many tokens: short items where there are few."""
+    slots = tokens * layer.top_k / layer.num_experts
+    tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 64)
+    items = layer.num_local_experts * (1 - exp(-slots)) * cdiv(layer.intermediate_size, 128)
+    return flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
 
 
 def _streamed(layer: LayerConfig, tokens: int) -> int | None:

@@ -36,7 +36,7 @@
 // Compile-time constants: FORMAT, WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3; NVFP4: 2 or 4 parts in
 // all), MOST (tokens of a tile: 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and
 // 64 for 2, 3 and 4 warp groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SHARED_BYTES (what the
-// launch asks for); FP8: N13, K13, N2, K2 (rows and columns of a weight scale).
+// launch asks for); FP8: N13, K13, N2, K2 (rows and columns of a weight scale); NVFP4: PADDED.
 #include "flow_copies.cuh"
 #include "flow_epilogues.cuh"
 #include "flow_items.cuh"
@@ -97,8 +97,9 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // NVFP4, in bytes of two codes. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and 128; w2:
 // `[E * H, I / 2]` in boxes of 64 and 128; hidden8: `[I / 64, positions, 128]` of bf16 in boxes of 4, 8 and 128.
 // tokens and hidden: bf16, `[num_tokens, H]` and `[positions, I]`, columns in the decoder's order.
-// w13_scale: e4m3 `[E, (gate, up), I, H / 16]`; w2_scale: `[E, H, I / 16]`; w13_global: `[E, (gate, up)]`; w2_global:
-// `[E]`. H and I are multiples of 256.
+// w13_scale: e4m3 `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, H, scale_columns2]`; w13_global:
+// `[E, (gate, up)]`; w2_global: `[E]`. H is a multiple of 256, and so is I: if PADDED, what there is in w13 and w2 ends
+// before, after a multiple of 64, which is scale_rows13. Hidden columns of padding are zeros.
 //
 // token_of: `[positions]`; positions a multiple of 4, and so every expert's first.
 // list: how many experts, and of each three numbers: expert, first position, end position.

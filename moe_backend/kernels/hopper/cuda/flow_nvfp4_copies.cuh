@@ -24,20 +24,40 @@ DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, in
     else copy_box(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
 }
 
+// The scales of gate or up rows: a warp's 16 rows are eight of gate, eight of up. None of padding, which is the last
+// of 64 columns each.
+DEVICE void copy_row_scales13(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
+    const int hidden = first_column(item, part) + r / 16 * 64 + r % 8, rows = layer.scale_rows13;
+    const bool there = !PADDED || hidden < rows;
+    const int row = (2 * item.expert + r / 8 % 2) * rows + (there ? hidden : 0);
+    copy_sixteen(to, layer.w13_scale + static_cast<long long>(row) * layer.scale_columns13 + column, there);
+}
+
+// The scales of an output row, of which there may be fewer than 16 in a step, in multiples of 4.
+DEVICE void copy_row_scales2(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
+    const int row = item.expert * layer.H + item.block * ROWS + part * 64 + r;
+    const u8* from = layer.w2_scale + static_cast<long long>(row) * layer.scale_columns2;
+    if (PADDED) {
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            const bool there = column + i < layer.scale_columns2;
+            copy_four(to + i, from + (there ? column + i : 0), there);
+        }
+    } else {
+        copy_sixteen(to, from + column, true);
+    }
+}
+
 // 16 scales of each of a part's rows, in the order of the rows.
 template <bool GATED>
 DEVICE void copy_weight_scales(const Layer& layer, const Item& item, u8* to, int k0, int lane) {
-    const int depth = layer.depth(GATED) / 16;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
 #pragma unroll
         for (int r = lane; r < 64; r += 32) {
-            int row = item.expert * layer.H + item.block * ROWS + part * 64 + r;
-            if (GATED) {  // a warp's 16 rows: eight of gate, eight of up
-                row = (2 * item.expert + r / 8 % 2) * layer.I + first_column(item, part) + r / 16 * 64 + r % 8;
-            }
-            const u8* from = (GATED ? layer.w13_scale : layer.w2_scale) + static_cast<long long>(row) * depth;
-            copy_sixteen(to + part * PART_SCALES + r * 16, from + k0 / 16, true);
+            u8* own = to + part * PART_SCALES + r * 16;
+            if (GATED) copy_row_scales13(layer, item, own, part, r, k0 / 16);
+            else copy_row_scales2(layer, item, own, part, r, k0 / 16);
         }
     }
 }
