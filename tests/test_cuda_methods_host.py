@@ -7,6 +7,7 @@ their arguments are those that `once.py`, `flow.py` and `route.py` give.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moe_backend.kernels.cuda import launch
 from moe_backend.kernels.hopper import flow, kernel, once, route, tiles
 from moe_backend.kernels.hopper.tiles import Once
 from moe_backend.verify.metrics import difference
+from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import Case, build
 from moe_backend.verify.run import expected, passes
 
@@ -106,13 +108,40 @@ def test_flow_of_nvfp4(launches, layout, tile, sizes):
     problem = build(
         Case(
             "nvfp4", STEP, hidden_size=hidden, intermediate_size=intermediate, layout=layout,
-            tokens=90 if tile[0] == 64 else 40,
+            tokens=220 if tile[0] == 64 else 40,  # up to 64 columns of an MMA
         )
     )  # fmt: skip
     choice = tiles.flow(problem.layer, *tile)
     outputs = [check(problem, choice) for _ in range(2)]  # with other seeds
     assert launches == 2 * ["route", "flow", "combine"]
     assert torch.equal(*outputs)
+
+
+def test_block_scales_at_the_lower_end(launches):
+    """Zeros of both signs and subnormal numbers."""
+    problem = case("nvfp4", tokens=8, intermediate_size=256)
+    codes = torch.tensor([0x00, 0x80, *range(1, 16)], dtype=torch.uint8)
+    shape = problem.weights.w2_scale.shape
+    chosen = codes[torch.randint(len(codes), shape, generator=torch.Generator().manual_seed(0))]
+    weights = replace(problem.weights, w2_scale=chosen.view(torch.float8_e4m3fn))
+    reference = naive_experts(
+        problem.x, weights, problem.topk_weights, problem.topk_ids, STEP, problem.expert_map
+    )
+    problem = replace(problem, weights=weights, reference=reference)
+    check(problem, tiles.flow(problem.layer, 8, 2, 1))
+    check(problem, Once(1))
+
+
+def test_flow_with_routing_weights_on_the_input(launches):
+    problem = case("nvfp4", layout="ep", tokens=30, top_k=1, intermediate_size=256)
+    layer = replace(problem.layer, apply_router_weight_on_input=True)
+    weighed = (problem.x.float() * problem.topk_weights).bfloat16()
+    reference = naive_experts(
+        weighed, problem.weights, torch.ones_like(problem.topk_weights), problem.topk_ids, STEP,
+        problem.expert_map,
+    )  # fmt: skip
+    problem = replace(problem, layer=layer, reference=reference)
+    check(problem, tiles.flow(layer, 16, 2, 1))
 
 
 def test_flow_of_what_lies_askew(launches):

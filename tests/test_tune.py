@@ -186,6 +186,19 @@ def test_candidates_are_a_step_away_unless_another_number_follows():
         assert len(changed) == 1 or any(c.startswith("down.k=") for c in changed)
 
 
+def test_shapes_of_nvfp4s_items_are_candidates(cuda):
+    """Two or four parts, which one step of one number does not turn into each other."""
+    shapes = {(2, 1), (2, 2), (4, 1)}
+    for tokens in (9, 64, 1024):
+        found = [c for c in candidates(V4, tokens) if isinstance(c, Flow)]
+        assert {(c.groups, c.blocks) for c in found} == shapes
+        for choice in found:
+            near = methods.neighbours(V4, tokens, choice)
+            assert {(c.groups, c.blocks) for c in (choice, *near)} == shapes
+    many = tiles.FLOW_MOST_SLOTS // V4.top_k + 1
+    assert not sound(V4, many, found[0])
+
+
 @pytest.fixture(params=[(3, 6), (3, 9)], ids=["triton-3.6", "triton-3.9"])
 def triton_version(request, monkeypatch):
     monkeypatch.setattr(tiles, "triton_version", lambda: request.param)

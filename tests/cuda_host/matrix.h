@@ -234,4 +234,3 @@ template <int PENDING> void wgmma_wait() {
     host::machine->current->fenced = false;
 }
 template <int N> void wgmma_touch(float (&)[N]) {}
-template <int M> void wgmma_settle(u32 (&)[M][4]) {}

@@ -60,7 +60,7 @@ _DECODE: tl.constexpr = tl.constexpr(
 )
 
 # Four e4m3 scales, none negative, to bf16 times 2**118: their bits four to the left are bf16 times
-# 2**-120, subnormal or not.
+# 2**-120, subnormal or not. The sign of -0 is left out.
 _DECODE_SCALES: tl.constexpr = tl.constexpr(
     """
     {
@@ -68,6 +68,8 @@ _DECODE_SCALES: tl.constexpr = tl.constexpr(
     mov.b32 f, 0x7B007B00;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
+    and.b32 a, a, 0x007F007F;
+    and.b32 b, b, 0x007F007F;
     shl.b32 a, a, 4;
     shl.b32 b, b, 4;
     mul.rn.bf16x2 a, a, f;

@@ -113,6 +113,8 @@ def _maps(
         w13, (row, 64, 2, i // 64, e), (row, i * row, 64 * row, 2 * i * row), (128, 8, 2, 4, 1)
     )
     columns = _padded(i)
+    # The last stride is less than the one before it. The CUDA driver takes that, though its header
+    # wants strides that ascend.
     lines = TensorMap(hidden, (128, positions, columns // 64), (2 * columns, 128), (128, 8, 4))
     return [of_each_64, _rows(w2, e * h, i // 2, 64), lines, lines]
 

@@ -44,6 +44,7 @@ class Method:
         check: raises ValueError with the reason if a choice would be wrong or could not run.
         ladders: the values that each number of a choice may take, ascending, by its path
             (`gate_up.m`); tuning moves one step up or down.
+        others: more choices worth trying beside one, which a step of one number does not reach.
         settle: the choice with the numbers that others fix set right, so that one step of one
             number is not unsound for a reason that has one remedy.
         here: whether this installation takes the choice, its Triton above all; asked apart from
@@ -54,6 +55,7 @@ class Method:
     check: Callable[[LayerConfig, int, Choice], None]
     ladders: dict[str, tuple[Number, ...]]
     settle: Callable[[LayerConfig, Choice], Choice]
+    others: Callable[[LayerConfig, Choice], list[Choice]] = lambda layer, choice: []
     here: Callable[[Choice], bool] = lambda choice: True
 
 
@@ -106,13 +108,14 @@ def candidates(layer: LayerConfig, tokens: int) -> list[Choice]:
 
 
 def neighbours(layer: LayerConfig, tokens: int, choice: Choice) -> list[Choice]:
-    """Sound choices one step of one number away."""
+    """Sound choices one step of one number away, and the method's `others`."""
     method = METHODS[name_of(choice)]
     found = []
     for path, ladder in method.ladders.items():
         here = _leaves(choice)[path]
         for near in _next_to(here, ladder):
             found.append(method.settle(layer, _with(choice, path, near)))
+    found += method.others(layer, choice)
     return _sound_and_different(layer, tokens, found, [])
 
 
@@ -438,6 +441,15 @@ _ONCE = Method(
 )
 
 
+def _check_flow(layer: LayerConfig, tokens: int, choice: Flow) -> None:
+    flow.check(layer, choice)
+    if tokens * layer.top_k > tiles.FLOW_MOST_SLOTS:
+        raise ValueError(
+            f"{tokens} tokens have {tokens * layer.top_k} slots, "
+            f"at most {tiles.FLOW_MOST_SLOTS} accepted"
+        )
+
+
 def _settle_flow(layer: LayerConfig, choice: Flow) -> Flow:
     """Wider tiles have fewer stages."""
     return replace(
@@ -448,9 +460,16 @@ def _settle_flow(layer: LayerConfig, choice: Flow) -> Flow:
     )
 
 
+def _other_flows(layer: LayerConfig, choice: Flow) -> list[Flow]:
+    """NVFP4's items of two or four parts, which are more than one step of one number apart."""
+    if layer.format != Nvfp4Weights.name:
+        return []
+    return [tiles.flow(layer, choice.tokens, *shape) for shape in ((2, 1), (2, 2), (4, 1))]
+
+
 _FLOW = Method(
     kind=Flow,
-    check=lambda layer, tokens, choice: flow.check(layer, choice),
+    check=_check_flow,
     ladders={
         "tokens": (8, 16, 32, 64, 96, 128),
         "groups": (2, 3, 4),
@@ -458,6 +477,7 @@ _FLOW = Method(
         "stages": (2, 3, 4, 5, 6, 7, 8),
     },
     settle=_settle_flow,
+    others=_other_flows,
     here=lambda choice: build.missing() is None,
 )
 

@@ -413,7 +413,7 @@ def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     group = 32 * parts  # hidden columns that share a scale; their greatest power of two counts
     if layer.format == Nvfp4Weights.name:
         stage = parts * (8192 + 1024) + tokens * 512 + 64
-        turned, row, each = min(tokens, 16), 2 * group + 16, 24
+        turned, row, each = min(tokens, 16), 2 * group + 16, 12
     else:
         assert layer.w13_block is not None
         assert layer.w2_block is not None

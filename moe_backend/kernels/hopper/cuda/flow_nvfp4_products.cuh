@@ -68,7 +68,6 @@ DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& 
             wgmma_wait<1>();  // for the batch that had these registers
             if (group == 0) codes.load(shared, ring.stage, WARP_GROUPS * b + place.group, half, place);
             codes.decode_group(batch, group);
-            wgmma_settle(batch);
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 2; i++) {

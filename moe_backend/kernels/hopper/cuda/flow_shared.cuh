@@ -25,13 +25,13 @@ struct alignas(16) Hit {
 struct Shared {
     u8 matrices[STAGES][PARTS * PART_BYTES + MOST * TOKEN_BYTES];
     u8 staging[STAGING_BYTES];
-    float token_scales[SCALED_STAGES][2][MOST];
+    float token_scales[SCALED_STAGES][2][SCALED];
     alignas(16) Scale weight_scales[STAGES][PARTS * PART_SCALES];
     Item items[STAGES];
     Item queue[QUEUE];
     int tokens[QUEUE + 1][MOST];  // of items of the first GEMM; one of them may still be copied
     Hit hits[EXPERTS + 1];
-    float codes_per_unit[MOST];
+    float codes_per_unit[SCALED];
     int warp_totals[THREADS / 32];
     u64 full[STAGES], empty[STAGES];  // of the ring
     u64 queued[QUEUE], taken[QUEUE];

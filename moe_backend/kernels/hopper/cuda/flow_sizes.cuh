@@ -45,7 +45,7 @@ constexpr int SCALES2 = STEP / SUB2;
 constexpr int PART_SCALES = most(SCALES13, SCALES2);
 
 typedef float Scale;
-constexpr int SCALED_STAGES = STAGES;                      // whose tokens have scales
+constexpr int SCALED_STAGES = STAGES, SCALED = MOST;       // tokens that have scales, in how many stages
 constexpr int HIDDEN_BYTES = GROUP + 16;                   // of a token, staged; odd 16s, against bank conflicts
 constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);  // tokens whose outputs are turned around at once
 
@@ -54,7 +54,7 @@ constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);  // tokens whose outpu
 static_assert(PARTS == 2 || PARTS == 4, "items that divide 256 hidden columns, and 256 output rows");
 typedef u8 Scale;
 constexpr int PART_SCALES = 64 * 16;          // a part's in a step: of 64 rows one for every 16 columns
-constexpr int SCALED_STAGES = 1;              // tokens have none; arrays are not empty
+constexpr int SCALED_STAGES = 1, SCALED = 1;  // tokens have none; arrays are not empty
 constexpr int HIDDEN_BYTES = 2 * GROUP + 16;  // as above
 constexpr int TURNED = least(MOST, 16);       // less, so that four stages fit with tiles of 32 tokens
 

@@ -5,9 +5,10 @@
 
 template <class T> DEVICE T read(const void* p) { return *static_cast<const T*>(p); }
 
-// Two e4m3 block scales as bf16 times 2**118: their bits four to the left are bf16 times 2**-120.
+// Two e4m3 block scales as bf16 times 2**118: their bits four to the left are bf16 times 2**-120. None is
+// negative, but for -0, whose sign is left out.
 DEVICE u32 decode_scales(u32 two) {
-    u32 spread = ((two | two << 8) & 0x00FF00FF) << 4;
+    u32 spread = ((two | two << 8) & 0x007F007F) << 4;
     return multiply_bf16(multiply_bf16(spread, 0x7B007B00), 0x7B007B00);
 }
 

@@ -34,16 +34,6 @@ template <int N> DEVICE void wgmma_touch(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Operands that MMAs read are computed before this: where they are still being computed behind the fence, the
-// assembler lets each MMA wait for the one before.
-template <int M> DEVICE void wgmma_settle(u32 (&a)[M][4]) {
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) asm volatile("mov.b32 %0, %1;" : "=r"(a[m][i]) : "r"(a[m][i]) : "memory");
-    }
-}
-
 // d (+)= a b: 64 rows of a, N columns of b (rows of its tile), 32 deep, e4m3. Of the group's warp w
 // and its lane 4g+t, d[4j] and d[4j+1] are row 16w+g at columns 8j+2t and 8j+2t+1, d[4j+2] and
 // d[4j+3] those of row 16w+g+8.
