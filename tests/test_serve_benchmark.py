@@ -181,6 +181,25 @@ def test_answers_are_judged(script):
     assert faults(row(0.4, 60, ("triton",)), row(), ["hopper"]) == ["answers", "tokens", "kernel"]
 
 
+def test_choices_are_named(script):
+    from moe_backend.bench.shapes import SHAPES
+    from moe_backend.kernels.hopper import methods, tiles
+
+    choice_of = script("choices").choice_of
+    layer = SHAPES["deepseek-v4-flash-ep8"].layer()
+    assert choice_of("untuned", layer, 64) == tiles.choose(layer, 64)
+    assert choice_of("default", layer, 64) == tiles.choose(layer, 64)  # no table without a GPU
+    assert choice_of("tiled", layer, 64) == tiles.tiles(layer, 64)
+    flow = choice_of("flow 8 4 1", layer, 64)
+    assert flow == tiles.flow(layer, 8, 4, 1)
+    assert choice_of("once 1", layer, 8) == tiles.Once(1)
+    assert choice_of(json.dumps(methods.to_data(flow)), layer, 64) == flow
+    with pytest.raises(ValueError, match="choice 'fast' is unknown"):
+        choice_of("fast", layer, 64)
+    with pytest.raises(ValueError, match="2 or 4 blocks"):
+        choice_of("flow 8 3 1", layer, 64)
+
+
 def test_every_format_is_compared_with_its_eager_run_on_one_gpu(script):
     runs = script("gpu_answers").runs
     for tp, number in ((1, 9), (2, 13)):

@@ -68,6 +68,8 @@ def read_json(file: Path) -> list[Row]:
     known = {f.name for f in fields(Row)}
     try:
         data = json.loads(file.read_text())
+        if not isinstance(data, list):
+            raise ValueError("a list of rows expected")
         return [_row({k: v for k, v in row.items() if k in known}) for row in data]
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: not a file of `moe-backend bench --json`: {error}") from None
