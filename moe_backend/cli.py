@@ -56,12 +56,14 @@ def _doctor(args: argparse.Namespace) -> int:
     for name, value in report.facts.items():
         facts.add_row(name, value)
     console.print(facts)
-    layers = Table(
-        "format", "activation", "kernel", "why", title="Kernel per layer", title_justify="left"
-    )
+    layers = Table("format", "activation", "kernel", title="Kernel per layer", title_justify="left")
     for row in report.layers:
-        layers.add_row(row.format, row.activation, row.kernel, row.reason)
+        layers.add_row(row.format, row.activation, row.kernel)
     console.print(layers)
+    reasons = Table("why", "layers", title="Reasons", title_justify="left")
+    for reason, of in doctor.reasons(report.layers).items():
+        reasons.add_row(reason, ", ".join(of))
+    console.print(reasons)
     variables = Table(
         "variable",
         "value",

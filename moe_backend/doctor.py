@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +144,33 @@ def _layers(device: str, problems: list[str]) -> list[LayerRow]:
                 LayerRow(format_name, str(activation), selection.kernel.name, selection.reason)
             )
     return rows
+
+
+def reasons(layers: list[LayerRow]) -> dict[str, list[str]]:
+    """Each reason once, for a kernel or against one, and the layers that it is given for.
+
+    Layers are named by format and activation, or by format where it holds for all of these, or
+    `all`.
+    """
+    found: dict[str, list[LayerRow]] = {}
+    for row in layers:
+        own, *against = re.split(r"; (?=not \w+: )", row.reason)
+        for reason in (f"{row.kernel}: {own}", *against):
+            found.setdefault(reason, []).append(row)
+    return {reason: _named(rows, layers) for reason, rows in found.items()}
+
+
+def _named(rows: list[LayerRow], layers: list[LayerRow]) -> list[str]:
+    if len(rows) == len(layers):
+        return ["all"]
+    names = []
+    for name in dict.fromkeys(row.format for row in rows):
+        own = [row for row in rows if row.format == name]
+        if len(own) == sum(row.format == name for row in layers):
+            names.append(name)
+        else:
+            names += [f"{name} {row.activation.partition('(')[0]}" for row in own]
+    return names
 
 
 def _variables() -> list[VariableRow]:
