@@ -162,8 +162,9 @@ def twice(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat((tensor, tensor), -2)
     if what in ("embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"):
         return torch.cat((tensor, tensor), -1)
-    reads = what in ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "gate")
-    return torch.cat((tensor / 2, tensor / 2), -1) if reads or what == "lm_head" else tensor
+    attention, experts = ("q_proj", "k_proj", "v_proj", "g_proj"), ("gate", "gate_proj", "up_proj")
+    reads = what in (*attention, *experts, "lm_head")
+    return torch.cat((tensor / 2, tensor / 2), -1) if reads else tensor
 
 
 def replaced(model: Path, folder: Path, names: tuple[str, ...]) -> Path:

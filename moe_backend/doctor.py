@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ class LayerRow:
     activation: str
     kernel: str
     reason: str
+    refusals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,13 @@ def _layers(device: str, problems: list[str]) -> list[LayerRow]:
                     problems.append(str(error))
                 continue
             rows.append(
-                LayerRow(format_name, str(activation), selection.kernel.name, selection.reason)
+                LayerRow(
+                    format_name,
+                    str(activation),
+                    selection.kernel.name,
+                    selection.preference,
+                    selection.refusals,
+                )
             )
     return rows
 
@@ -154,8 +160,7 @@ def reasons(layers: list[LayerRow]) -> dict[str, list[str]]:
     """
     found: dict[str, list[LayerRow]] = {}
     for row in layers:
-        own, *against = re.split(r"; (?=not \w+: )", row.reason)
-        for reason in (f"{row.kernel}: {own}", *against):
+        for reason in (f"{row.kernel}: {row.reason}", *row.refusals):
             found.setdefault(reason, []).append(row)
     return {reason: _named(rows, layers) for reason, rows in found.items()}
 

@@ -446,7 +446,7 @@ def test_json_comes_back(tmp_path):
     promised = "case tokens routing floor_us ours_us rivals rel_l2 device versions date kernel"
     assert set(promised.split()) <= set(data)
     (tmp_path / "other.json").write_text('{"rows": 1}')
-    with pytest.raises(ValueError, match=r"other.json: not a file"):
+    with pytest.raises(ValueError, match=r"other.json: not a file.*: a list of rows expected"):
         report.read_json(tmp_path / "other.json")
 
 

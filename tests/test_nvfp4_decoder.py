@@ -100,6 +100,11 @@ def test_scales():
     assert torch.equal(halves(scale_words())[0], want)
 
 
+def test_a_scale_of_minus_zero_is_zero():
+    out = execute(device._DECODE_SCALES.value, {"$2": torch.tensor([0x80808080])})
+    assert out["$0"].item() == out["$1"].item() == 0
+
+
 @pytest.mark.parametrize("nibble", range(8))
 def test_codes_times_scales(nibble):
     """Each code in each of the eight places of a word, beside all-ones and beside zeros."""

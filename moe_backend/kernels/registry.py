@@ -122,10 +122,16 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """A kernel and the reason for it, ready for the log."""
+    """A kernel, why it, and why not those before it: `not NAME: ...` each."""
 
     kernel: Kernel
-    reason: str
+    preference: str
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """All of these, ready for the log."""
+        return "; ".join((self.preference, *self.refusals))
 
 
 def kernels() -> list[Kernel]:
@@ -181,7 +187,6 @@ def select(layer: LayerConfig, requested: str | None = None) -> Selection:
     for kernel in kernels():
         refusal = kernel.refusal(layer)
         if refusal is None:
-            reasons = [kernel.preference(layer), *refusals]
-            return Selection(kernel, "; ".join(reasons))
+            return Selection(kernel, kernel.preference(layer), tuple(refusals))
         refusals.append(f"not {kernel.name}: {refusal}")
     raise ValueError(f"no kernel can run this layer ({'; '.join(refusals)}): {layer}")

@@ -221,6 +221,13 @@ def _build(kind: type, data: Any, where: str) -> Any:
     return kind(**values)
 
 
+def _check_slots(layer: LayerConfig, tokens: int, most: int) -> None:
+    """For methods whose programs each look through all slots."""
+    slots = tokens * layer.top_k
+    if slots > most:
+        raise ValueError(f"{tokens} tokens have {slots} slots, at most {most} accepted")
+
+
 # --- Tiles ----------------------------------------------------------------------------------------
 
 
@@ -348,11 +355,7 @@ _PREFILL = Method(
 
 def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
     stream.check(layer, choice)
-    if tokens * layer.top_k > tiles.STREAM_MOST_SLOTS:
-        raise ValueError(
-            f"{tokens} tokens have {tokens * layer.top_k} slots, "
-            f"at most {tiles.STREAM_MOST_SLOTS} accepted"
-        )
+    _check_slots(layer, tokens, tiles.STREAM_MOST_SLOTS)
     most = stream.most_stages(choice.tokens)
     for name, stages in (("stages13", choice.stages13), ("stages2", choice.stages2)):
         if not 2 <= stages <= most:
@@ -398,10 +401,7 @@ MOST_FEW_SLOTS = 256  # each program of the first launch looks through all of th
 
 
 def _check_few(layer: LayerConfig, tokens: int, choice: Few) -> None:
-    if tokens * layer.top_k > MOST_FEW_SLOTS:
-        raise ValueError(
-            f"{tokens} tokens have {tokens * layer.top_k} slots, at most {MOST_FEW_SLOTS} accepted"
-        )
+    _check_slots(layer, tokens, MOST_FEW_SLOTS)
     for label, part in (("gate_up", choice.gate_up), ("down", choice.down)):
         for name, low, high in (("lanes", 4, 32), ("warps", 1, 8)):
             value = getattr(part, name)
@@ -443,11 +443,7 @@ _ONCE = Method(
 
 def _check_flow(layer: LayerConfig, tokens: int, choice: Flow) -> None:
     flow.check(layer, choice)
-    if tokens * layer.top_k > tiles.FLOW_MOST_SLOTS:
-        raise ValueError(
-            f"{tokens} tokens have {tokens * layer.top_k} slots, "
-            f"at most {tiles.FLOW_MOST_SLOTS} accepted"
-        )
+    _check_slots(layer, tokens, tiles.FLOW_MOST_SLOTS)
 
 
 def _settle_flow(layer: LayerConfig, choice: Flow) -> Flow:

@@ -279,7 +279,7 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     if not quantised and layer.intermediate_size % 256:
         return None  # not measured yet; tuning tries it
     narrow = quantised and layer.intermediate_size <= FLOW_NARROW
-    tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
+    tile = _flow_tile(slots)
     if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
         return None  # tokens first
     if not quantised:
@@ -433,10 +433,15 @@ def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:
     return Flow(tokens, groups, blocks, 2)
 
 
+def _flow_tile(slots: float) -> int:
+    """Tokens of a tile with so many slots per expert."""
+    return next((tile for most, tile in FLOW_SLOTS if slots <= most), 128)
+
+
 def flow_nvfp4(layer: LayerConfig, tokens: int) -> Flow:
     """NVFP4's tiles for so many tokens: short items where there are few."""
     slots = tokens * layer.top_k / layer.num_experts
-    tile = next((tile for most, tile in FLOW_SLOTS if slots <= most), 64)
+    tile = min(_flow_tile(slots), 64)
     items = layer.num_local_experts * (1 - exp(-slots)) * cdiv(layer.intermediate_size, 128)
     return flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
 

@@ -208,6 +208,11 @@ DEVICE void store_transposed(void* row, u32 first, u32 second) {
 
 #endif  // CUDA_ON_HOST
 
+template <class T> DEVICE T read(const void* p) { return *static_cast<const T*>(p); }
+
+// What a weight is: FORMAT, as in moe_backend/kernels/triton/kernel.py.
+enum { BF16 = 0, FP8 = 1, NVFP4 = 2 };
+
 // --- FP8 ---
 
 // How numbers of which `amax` is the largest become e4m3: codes for a unit, bounded so that 0 stays 0 also where

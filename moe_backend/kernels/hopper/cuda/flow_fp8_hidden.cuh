@@ -95,7 +95,5 @@ DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, f
             *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         }
     }
-    fence_async_global();
-    named_sync(1, CONSUMERS);
-    if (thread == 0) add_release(layer.ready + item.hit, 1);
+    tell_hidden(layer, item, thread);
 }

@@ -24,8 +24,7 @@ DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, in
     else copy_box(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
 }
 
-// The scales of gate or up rows: a warp's 16 rows are eight of gate, eight of up. None of padding, which is the last
-// of 64 columns each.
+// 16 scales of a gate or an up row: a warp's 16 rows are eight of gate, eight of up. Zeros for rows of padding.
 DEVICE void copy_row_scales13(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
     const int hidden = first_column(item, part) + r / 16 * 64 + r % 8, rows = layer.scale_rows13;
     const bool there = !PADDED || hidden < rows;
@@ -33,7 +32,7 @@ DEVICE void copy_row_scales13(const Layer& layer, const Item& item, u8* to, int 
     copy_sixteen(to, layer.w13_scale + static_cast<long long>(row) * layer.scale_columns13 + column, there);
 }
 
-// The scales of an output row, of which there may be fewer than 16 in a step, in multiples of 4.
+// 16 scales of an output row; if PADDED there may be fewer in the last step, in fours, and zeros behind them.
 DEVICE void copy_row_scales2(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
     const int row = item.expert * layer.H + item.block * ROWS + part * 64 + r;
     const u8* from = layer.w2_scale + static_cast<long long>(row) * layer.scale_columns2;

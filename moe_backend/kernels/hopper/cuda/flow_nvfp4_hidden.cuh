@@ -46,7 +46,5 @@ DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, f
         u8* to = layer.hidden + static_cast<long long>(item.start + token) * (2 * layer.I) + first;
         *reinterpret_cast<uint4*>(to + 256 * odd + 16 * inside) = *reinterpret_cast<const uint4*>(from);
     }
-    fence_async_global();
-    named_sync(1, CONSUMERS);
-    if (thread == 0) add_release(layer.ready + item.hit, 1);
+    tell_hidden(layer, item, thread);
 }

@@ -23,8 +23,9 @@ DEVICE void decode_word(Batch& batch, int i, u32 word, u32 word8, u32 scale, u32
     }
 }
 
-// Both halves of a word alike, from the low or the high half of another.
-DEVICE u32 both_halves(u32 word, bool high) { return __byte_perm(word, word, high ? 0x3232 : 0x1010); }
+// The low or the high half of a pair of scales, twice. (`once_products.cuh` has it in shifts: either form takes more
+// instructions in the other kernel.)
+DEVICE u32 both_halves(u32 pair, bool high) { return __byte_perm(pair, pair, high ? 0x3232 : 0x1010); }
 
 // Half of a thread's codes of a part's step: four words of rows g and g + 8, with the scales of two groups each.
 struct Codes {

@@ -90,3 +90,10 @@ DEVICE void release(Shared& shared, int stage, const Place& place) {
     __syncwarp();
     if (place.lane == 0) barrier_arrive(&shared.empty[stage]);
 }
+
+// All consumers have stored an item's hidden columns, which other blocks' accelerators read next.
+DEVICE void tell_hidden(const Layer& layer, const Item& item, int thread) {
+    fence_async_global();
+    named_sync(1, CONSUMERS);
+    if (thread == 0) add_release(layer.ready + item.hit, 1);
+}

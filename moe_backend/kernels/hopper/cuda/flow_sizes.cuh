@@ -3,8 +3,6 @@
 
 #include "warps.cuh"
 
-enum { FP8 = 1, NVFP4 = 2 };
-
 constexpr int LINE = 128;                                 // bytes of a row's codes in a step
 constexpr int STEP = FORMAT == NVFP4 ? 256 : 128;         // columns of K
 constexpr int TOKEN_BYTES = FORMAT == NVFP4 ? 512 : 128;  // of a token in a step: bf16, or e4m3

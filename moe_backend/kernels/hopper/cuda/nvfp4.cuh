@@ -3,8 +3,6 @@
 
 #include "common.cuh"
 
-template <class T> DEVICE T read(const void* p) { return *static_cast<const T*>(p); }
-
 // Two e4m3 block scales as bf16 times 2**118: their bits four to the left are bf16 times 2**-120. None is
 // negative, but for -0, whose sign is left out.
 DEVICE u32 decode_scales(u32 two) {

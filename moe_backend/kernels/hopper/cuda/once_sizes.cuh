@@ -10,8 +10,6 @@
 #define K2 128
 #endif
 
-enum { BF16 = 0, FP8 = 1, NVFP4 = 2 };
-
 constexpr int H = SIZE_H, I = SIZE_I;
 constexpr int CLERKS = 2;  // warps that store hidden columns
 constexpr int MOST_THREADS = (CONSUMERS + CLERKS + 4) * 32;
