@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import struct
 from dataclasses import replace
 from itertools import product
@@ -137,6 +138,14 @@ def test_mmas_with_codes_do_not_wait_for_each_other(kernels_of, tile):
 
 
 @compiles
+def test_samples_of_the_emulation_compile_for_the_gpu(tmp_path):
+    """What no kernel uses yet is in them: clusters."""
+    for path in (*once.SOURCE.parent.glob("*.cuh"), Path(__file__).parent / "cuda_host/samples.cu"):
+        shutil.copy(path, tmp_path)
+    build._compile(tmp_path / "samples.cu", build._options([("COLUMNS", 48)]))
+
+
+@compiles
 def test_what_registers_do_not_hold_is_seen(source):
     source.write_text(
         'extern "C" __global__ void small(int* to) {\n'
@@ -184,6 +193,33 @@ def test_arguments_are_laid_out_as_the_driver_reads_them(monkeypatch):
     assert found == [(3,), tuple(range(16)), (0.5,), (1 << 40,), (tensor.data_ptr(),), (-1,)]
     with pytest.raises(struct.error):
         packing.pack([0.5, *given[1:]])
+
+
+@compiles
+def test_launches_overlap_and_have_clusters():
+    from cuda.bindings import driver
+
+    ids = driver.CUlaunchAttributeID
+    for cluster in (1, 2):
+        config = driver.CUlaunchConfig()
+        config.attrs = launch._attributes(cluster)
+        overlapped, *rest = config.attrs
+        assert overlapped.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        assert overlapped.value.programmaticStreamSerializationAllowed == 1
+        assert len(rest) == cluster - 1
+    (clusters,) = rest
+    assert clusters.id == ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    sides = clusters.value.clusterDim
+    assert (sides.x, sides.y, sides.z) == (2, 1, 1)
+
+
+def test_the_blocks_of_a_launch_are_whole_clusters(tmp_path):
+    kernel, seen = launch.Kernel(tmp_path, "pairs", (), 0, cluster=2), []
+    with launch.instead_of_launching(seen.append):
+        launch.launch(kernel, 4, 32, [])
+        with pytest.raises(ValueError, match="pairs: 3 blocks are not whole clusters of 2"):
+            launch.launch(kernel, 3, 32, [])
+    assert seen == [kernel]
 
 
 # --- What is compiled -----------------------------------------------------------------------------

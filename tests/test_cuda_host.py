@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -191,3 +192,105 @@ def test_races(samples):
         changed.add(tuple(numbers[4:8].tolist()))
     assert "missed a whole phase" in messages
     assert (-1, 2, 3, 4) in changed
+
+
+# --- Clusters -------------------------------------------------------------------------------------
+
+
+def exchange(samples, fault, seed, grid=4, tiles=7, **more):
+    """What the blocks of two clusters made of tiles copied to each other; and what is right."""
+    numbers = torch.randn(2 * tiles, 2, 4, 32)
+    flat = driver.tensor_map(numbers, (32, 2 * tiles * 8), (128,), (32, 4))
+    halves = driver.tensor_map(numbers, (32, 4, 2 * tiles * 2), (128, 512), (32, 4, 1))
+    out = torch.empty(4, tiles * 256)
+    args = [flat, halves, out, tiles, fault]
+    driver.launch(samples, "exchange", grid, 64, 2048 + 32, args, seed, cluster=2, **more)
+    return out, torch.arange(4)[:, None] * numbers.view(2, -1).repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize("resident", [4, 3, 2])
+def test_blocks_of_a_cluster_copy_to_each_other(samples, resident):
+    """Their bytes may come before they are expected."""
+    for seed in SEEDS:
+        out, right = exchange(samples, RIGHT, seed, resident=resident)
+        assert torch.equal(out, right)
+
+
+@pytest.mark.parametrize(
+    ("fault", "often", "message"),
+    [
+        (
+            1,
+            True,
+            "another copy to .* of block [01]'s shared memory is under way",
+        ),  # its own readers
+        (2, True, r"barrier_arrive_at: (block \d has ended|it arrives after the end of block \d)"),
+        (3, True, r"nothing can go on(?s:.*)0 of 1 arrivals and 512 bytes missing"),  # to itself
+        (4, True, r"nothing can go on(?s:.*)1 of 3 arrivals"),
+        (
+            5,
+            False,
+            "there is no barrier at byte 2048 of 2080 of block",
+        ),  # no meeting before the first
+        (6, True, "512 bytes came that were not expected"),
+    ],
+)
+def test_what_is_wrong_between_blocks_is_seen(samples, fault, often, message):
+    messages = ""
+    for seed in SEEDS:
+        try:
+            out, right = exchange(samples, fault, seed)
+            assert not often or not torch.equal(out, right)
+        except RuntimeError as error:
+            messages += str(error)
+    assert re.search(message, messages)
+
+
+def test_clusters_are_whole(samples):
+    for wrong, more in {
+        "not whole clusters": {"grid": 3},
+        "no room for all blocks": {"resident": 1},
+    }.items():
+        with pytest.raises(RuntimeError, match=wrong):
+            exchange(samples, RIGHT, 0, **more)
+
+
+@pytest.mark.parametrize("fault", [RIGHT, EARLY])
+def test_a_block_copies_over_what_another_multiplies(samples, fault):
+    a = torch.randint(-3, 4, (64, 128)).to(FP8)
+    b = torch.randint(1, 4, (COLUMNS, 128)).to(FP8)
+    a_map = driver.tensor_map(a, (128, 64), (128,), (128, 64), 128)
+    b_map = driver.tensor_map(b, (128, COLUMNS), (128,), (128, COLUMNS), 128)
+
+    def launch(seed):
+        out, shared = torch.empty(64, COLUMNS), 8192 + COLUMNS * 128 + 16
+        args = [a_map, b_map, out, fault]
+        driver.launch(samples, "multiply_for_peer", 2, 128, shared, args, seed, cluster=2)
+        return out
+
+    seen = outcomes(launch, a.float() @ b.float().T)
+    assert seen == {"right"} if fault == RIGHT else "wrong" in seen
+
+
+CLUSTER_MISUSES = [
+    "block 2 of a cluster of 2",
+    "to blocks 4 of a cluster of 2",
+    "to blocks 0 of a cluster of 2",
+    "no barrier at byte 8 of 256 of block 1",
+    "without barriers_ready, to the barrier at byte 8 of 256 of block 1",
+    "copy_box_to_all: (block 1 has ended|it arrives after the end of block 1)",
+    "bytes came that were never expected by the barrier at byte 0 of 256 of block 1",
+]
+
+
+@pytest.mark.parametrize(
+    "fault", range(len(CLUSTER_MISUSES)), ids=lambda i: CLUSTER_MISUSES[i][:20]
+)
+def test_misuse_of_clusters_is_reported(samples, fault):
+    numbers = driver.tensor_map(torch.zeros(32), (32, 1), (128,), (32, 1))
+    messages = ""
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError) as error:
+            driver.launch(samples, "misuse_cluster", 2, 32, 256, [numbers, fault], seed, cluster=2)
+        messages += str(error.value)
+    assert re.search(CLUSTER_MISUSES[fault], messages)

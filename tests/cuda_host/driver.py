@@ -70,6 +70,7 @@ class _Launch(ctypes.Structure):
         ("seconds", ctypes.c_double),
         ("sources_may_change", ctypes.c_int),
         ("resident", ctypes.c_int),
+        ("cluster", ctypes.c_int),
         ("failure", ctypes.c_void_p),
         ("failure_bytes", ctypes.c_uint64),
     ]
@@ -151,6 +152,7 @@ def launch(
     seconds: float = 120.0,
     sources_may_change: bool = False,
     resident: int | None = None,
+    cluster: int = 1,
 ) -> None:
     """Runs a kernel; RuntimeError says what went wrong in it, and where.
 
@@ -159,6 +161,7 @@ def launch(
     many seconds a launch has failed. Sources of copies may change until these arrive where a kernel
     copies more than it makes use of, from what other blocks are writing; what changed is NaN.
     No more than `resident` blocks run at a time, where given; the next starts when one ends.
+    `cluster` consecutive blocks are a cluster: they start together, where there is room for all.
     """
     storages: dict[int, int] = {}
     arguments = (_Argument * max(len(args), 1))()
@@ -199,6 +202,7 @@ def launch(
         seconds=seconds,
         sources_may_change=sources_may_change,
         resident=grid if resident is None else min(resident, grid),
+        cluster=cluster,
         failure=ctypes.addressof(failure),
         failure_bytes=len(failure),
     )

@@ -1,11 +1,12 @@
 // The threads of a launch as fibers of one host thread, and what makes them wait for each other.
 //
-// All blocks are there at once. A fiber runs until it waits, or until the dice at a synchronising
-// call make it give way; then the scheduler takes another. Which one is random, from the launch's
-// seed: mostly one of the same warp, else of a warp with a high rank, and ranks change now and then,
-// so that some warps and blocks run far ahead of others. Things that take time (copies) are events:
-// they happen a random number of switches later. When no fiber can go on and no event is to come,
-// the launch is dead and every waiting thread says for what, and where in the kernel.
+// All blocks are there at once, or as many clusters of them as there is room for. A fiber runs until it
+// waits, or until the dice at a synchronising call make it give way; then the scheduler takes another.
+// Which one is random, from the launch's seed: mostly one of the same warp, else of a warp with a high
+// rank, and ranks change now and then, so that some warps and blocks run far ahead of others. Things
+// that take time (copies) are events: they happen a random number of switches later. When no fiber can
+// go on and no event is to come, the launch is dead and every waiting thread says for what, and where in
+// the kernel.
 #pragma once
 
 #include <execinfo.h>
@@ -117,9 +118,10 @@ struct Fiber {
     Describe describe = nullptr;
     const void* what = nullptr;
     long value = 0;
-    u64 few_there = 0;  // when the last of its copies of single numbers is there
-    bool waited = false;       // for earlier launches
-    bool fenced = false;       // wgmma_fence was called since the last wgmma_wait
+    u64 few_there = 0;       // when the last of its copies of single numbers is there
+    u64 arrivals_there = 0;  // and of its arrivals at barriers of its cluster
+    bool waited = false;     // for earlier launches
+    bool fenced = false;     // wgmma_fence was called since the last wgmma_wait
 
     int lane() const { return thread % 32; }
 };
@@ -164,8 +166,14 @@ struct Barrier {
     std::vector<Fiber*> waiters;
 };
 
+struct Cluster {
+    int live = 0;
+    std::list<Meeting> meetings;
+};
+
 struct Block {
-    int index, live;
+    int index, rank, live;  // the rank is in the cluster
+    Cluster* cluster;
     u8* shared;
     int shared_bytes;
     std::list<Meeting> meetings;
@@ -184,6 +192,7 @@ struct Event {
 
 // One launch.
 struct Machine {
+    std::vector<Cluster> clusters;
     std::vector<Block> blocks;
     std::vector<Warp> warps;
     std::vector<Fiber> fibers;
@@ -199,7 +208,8 @@ struct Machine {
     std::priority_queue<Event> events;
     std::vector<Fiber*> pollers;  // of global memory
     int live = 0;
-    size_t started = 0;  // blocks; the others start in their turn where one ends
+    size_t started = 0;  // blocks; the others start in their turn, a cluster where there is room for it
+    int cluster, room;   // blocks in each cluster, and that may start
     Context beginning;
     sigjmp_buf failed;
     std::string failure;
@@ -451,12 +461,25 @@ template <class Lane, class Act> void meet_warp(const char* kind, u32 mask, Lane
 
 void check_end(Fiber& fiber);  // launch.h: nothing that it started is left
 
-constexpr const char* SYNCTHREADS = "__syncthreads";
+constexpr const char *SYNCTHREADS = "__syncthreads", *CLUSTER_SYNC = "cluster_sync";
 
-inline void start_block() {
-    if (machine->started == machine->blocks.size()) return;
-    const Block& block = machine->blocks[machine->started++];
-    for (int t = 0; t < block.live; t++) wake(machine->fibers[block.index * block.live + t]);
+inline void start_blocks() {
+    Machine& m = *machine;
+    while (m.started < m.blocks.size() && m.room >= m.cluster) {
+        for (int i = 0; i < m.cluster; i++, m.room--) {
+            const Block& block = m.blocks[m.started++];
+            for (int t = 0; t < block.live; t++) wake(m.fibers[block.index * block.live + t]);
+        }
+    }
+}
+
+// Threads that have ended count as arrived.
+inline void leave(std::list<Meeting>& place, const char* kind, int live) {
+    for (Meeting& meeting : place) {
+        if (meeting.kind != kind || meeting.fibers.empty()) continue;
+        meeting.expected = live;
+        if (static_cast<int>(meeting.fibers.size()) == live) end_meeting(meeting);
+    }
 }
 
 inline void run_fiber() {
@@ -465,14 +488,9 @@ inline void run_fiber() {
     check_end(self);
     machine->live--;
     Block& block = *self.block;
-    block.live--;
-    // Threads that have ended count as arrived.
-    for (Meeting& meeting : block.meetings) {
-        if (meeting.kind != SYNCTHREADS || meeting.fibers.empty()) continue;
-        meeting.expected = block.live;
-        if (static_cast<int>(meeting.fibers.size()) == block.live) end_meeting(meeting);
-    }
-    if (!block.live) start_block();
+    leave(block.meetings, SYNCTHREADS, --block.live);
+    leave(block.cluster->meetings, CLUSTER_SYNC, --block.cluster->live);
+    if (!block.live) machine->room++, start_blocks();
     if (machine->live) switch_from(self);
     else change(self.context, machine->beginning);
     __builtin_unreachable();

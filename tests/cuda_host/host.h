@@ -10,6 +10,7 @@
 
 #include <math.h>
 
+#include "clusters.h"
 #include "fibers.h"
 #include "memory.h"
 

@@ -52,7 +52,7 @@ struct Launch {
     int tensor_count, argument_count;
     u64 seed;
     double seconds;
-    int sources_may_change, resident;
+    int sources_may_change, resident, cluster;
     char* failure;
     u64 failure_bytes;
 };
@@ -90,6 +90,9 @@ inline void set_up(Machine& m, const Launch& launch) {
     blockDim.x = launch.threads;
     int blocks = launch.grid, warps = launch.threads / 32;
     m.live = blocks * launch.threads;
+    m.cluster = launch.cluster;
+    m.room = launch.resident;
+    m.clusters.resize(blocks / launch.cluster);
     m.blocks.resize(blocks);
     m.warps.resize(blocks * warps);
     m.fibers.resize(m.live);
@@ -100,6 +103,9 @@ inline void set_up(Machine& m, const Launch& launch) {
         Memory& shared = shares.emplace_back(text("block %d's shared memory", b), launch.shared_bytes, 1024);
         Block& block = m.blocks[b];
         block.index = b;
+        block.rank = b % launch.cluster;
+        block.cluster = &m.clusters[b / launch.cluster];
+        block.cluster->live += launch.threads;
         block.live = launch.threads;
         block.shared = shared.base;
         block.shared_bytes = launch.shared_bytes;
@@ -117,7 +123,7 @@ inline void set_up(Machine& m, const Launch& launch) {
             prepare(fiber.context, fiber.stack, STACK_BYTES, run_fiber);
         }
     }
-    for (int b = 0; b < launch.resident; b++) start_block();
+    start_blocks();
 }
 
 // Until all fibers have ended, or one has failed.
@@ -132,6 +138,9 @@ inline void run(Machine& m) {
     for (auto* list : {&tensors, &shares})
         for (const Memory& memory : *list)
             if (!memory.intact()) fail("something was written just outside of " + memory.name);
+    for (const Block& block : m.blocks)
+        for (auto& at : block.barriers)
+            if (at.second.bytes < 0) fail("bytes came that were never expected by " + name(at.second));
 }
 
 inline void run_with_signals(Machine& m) {
@@ -169,6 +178,9 @@ inline std::string launch(const Launch& launch) {
     if (launch.threads < 32 || launch.threads > 1024 || launch.threads % 32)
         return "a block has 32 to 1024 threads, in whole warps";
     if (launch.shared_bytes > 227 << 10) return "more shared memory than a block has";
+    if (launch.cluster < 1 || launch.cluster > 8) return "a cluster has 1 to 8 blocks";
+    if (launch.grid % launch.cluster) return "the blocks are not whole clusters";
+    if (launch.resident < launch.cluster) return "no room for all blocks of a cluster at a time";
 
     for (int i = 0; i < launch.tensor_count; i++) {
         const Range& tensor = launch.tensors[i];

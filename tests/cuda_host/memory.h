@@ -88,12 +88,18 @@ inline void check_global(const void* at, size_t bytes, int alignment, const char
 
 constexpr u64 BARRIER = 0x7265697272616220ull;  // the word where a barrier is
 
-inline Barrier& barrier_at(u64* at, const char* what) {
-    auto& all = machine->current->block->barriers;
+inline Barrier& barrier_at(u64* at, const char* what, Block& block = *machine->current->block) {
+    auto& all = block.barriers;
     auto found = all.find(at);
     if (found == all.end()) fail(text("%s: there is no barrier at ", what) + place(at));
     if (*at != BARRIER) fail(text("%s: overwritten was the barrier at ", what) + place(at));
     return found->second;
+}
+// For copies, and for other blocks.
+inline Barrier& ready_barrier(u64* at, const char* what, Block& block = *machine->current->block) {
+    Barrier& barrier = barrier_at(at, what, block);
+    if (!barrier.ready) fail(text("%s without barriers_ready, to the barrier at ", what) + place(at));
+    return barrier;
 }
 inline std::string name(const Barrier& barrier) {
     return "the barrier at " + place(barrier.at) +
@@ -117,25 +123,51 @@ inline void arrive(Barrier& barrier, int bytes = 0) {
         fail(text("%d bytes more for ", bytes) + name(barrier));
     barrier.bytes += bytes;
     barrier.missing--;
+    if (!barrier.missing && barrier.bytes < 0) fail("bytes came that were not expected by " + name(barrier));
     advance(barrier);
 }
-inline void bytes_came(Barrier& barrier, int bytes) {
-    if (bytes > barrier.bytes) fail(text("%d bytes came that were not expected by ", bytes) + name(barrier));
+// Those of another block's copy may come before barrier_expect, while an arrival holds the phase.
+inline void bytes_came(Barrier& barrier, int bytes, bool own) {
+    if (bytes > barrier.bytes && (own || !barrier.missing))
+        fail(text("%d bytes came that were not expected by ", bytes) + name(barrier));
     barrier.bytes -= bytes;
     advance(barrier);
+}
+
+// --- Blocks of a cluster ---
+
+inline Block& block_of_cluster(int rank, const char* what) {
+    const Block& own = *machine->current->block;
+    if (rank < 0 || rank >= machine->cluster)
+        fail(text("%s: block %d of a cluster of %d", what, rank, machine->cluster));
+    Block& block = machine->blocks[own.index - own.rank + rank];
+    if (!block.live) fail(text("%s: block %d has ended", what, block.index));
+    return block;
+}
+// The same place in another block's shared memory.
+template <class T> T* in_block(T* own, const Block& block) {
+    u64 offset = reinterpret_cast<u8*>(own) - machine->current->block->shared;
+    return reinterpret_cast<T*>(block.shared + offset);
+}
+
+// What a thread has started and is late: who it was, and that it finds the block that it goes to.
+inline std::string started(const char* what) {
+    return text("block %d, thread %d's %s", machine->current->block->index, machine->current->thread, what);
+}
+inline void check_live(const Block& block) {
+    if (!block.live) fail(text("it arrives after the end of block %d", block.index));
 }
 
 // --- Copies ---
 
 // `gather` reads the source, now and when the data arrives; what changed in between arrives as NaN,
-// which the destination is until then. `swizzled`: by address, bits 4 to 6 ^= bits 7 to 9.
-inline void start_copy(void* to, int bytes, bool swizzled, u64 due, Barrier* barrier, const char* what,
-                       std::function<void(u8*)> gather) {
+// which the destination, in that block, is until then. `swizzled`: by address, bits 4 to 6 ^= bits 7 to 9.
+inline void start_copy(Block& block, void* to, int bytes, bool swizzled, u64 due, Barrier* barrier,
+                       const char* what, std::function<void(u8*)> gather) {
     struct Copy {
         u8* to;
         std::vector<u8> bytes;
     };
-    Block& block = *machine->current->block;
     auto copy = std::make_shared<Copy>(Copy{static_cast<u8*>(to), std::vector<u8>(bytes)});
     std::pair<u8*, u8*> range(copy->to, copy->to + bytes);
     for (auto& other : block.landing)
@@ -144,9 +176,9 @@ inline void start_copy(void* to, int bytes, bool swizzled, u64 due, Barrier* bar
     block.landing.push_back(range);
     gather(copy->bytes.data());
     memset(to, 0xFF, bytes);
-    std::string speaker = text("block %d, thread %d's %s", block.index, machine->current->thread, what);
-    later(due, speaker, [=, &block] {
-        if (!block.live) fail("it arrives after the end of its block");
+    bool own = &block == machine->current->block;
+    later(due, started(what), [=, &block] {
+        check_live(block);
         std::vector<u8> again(bytes);
         gather(again.data());
         if (again != copy->bytes && !machine->sources_may_change) fail("its source was changed meanwhile");
@@ -161,20 +193,20 @@ inline void start_copy(void* to, int bytes, bool swizzled, u64 due, Barrier* bar
             memcpy(copy->to, again.data(), bytes);
         }
         block.landing.erase(std::find(block.landing.begin(), block.landing.end(), range));
-        if (barrier) bytes_came(*barrier, bytes);
+        if (barrier) bytes_came(*barrier, bytes, own);
     });
 }
 
-inline void start_box(void* to, const TensorMap* at, std::vector<int> from, u64* barrier_word) {
+// Into each block of the cluster that has a bit in `blocks`, there each at its own time.
+inline void start_boxes(void* to, const TensorMap* at, std::vector<int> from, u64* word, int blocks,
+                        const char* what) {
     TensorMap map = *at;
     if (map.rank != from.size())
-        fail(text("copy_box of %zu dimensions with a map of %u", from.size(), map.rank));
+        fail(text("%s of %zu dimensions with a map of %u", what, from.size(), map.rank));
     int size = map.strides[0], bytes = size;
     for (u32 i = 0; i < map.rank; i++) bytes *= map.box[i];
-    check_shared(to, bytes, 128, "copy_box");
-    Barrier& barrier = barrier_at(barrier_word, "copy_box");
-    if (!barrier.ready) fail("copy_box without barriers_ready, to " + name(barrier));
-    start_copy(to, bytes, map.swizzled, machine->now + some_time(), &barrier, "copy_box", [=](u8* into) {
+    check_shared(to, bytes, 128, what);
+    auto gather = [=](u8* into) {
         int row = map.box[0], rows = bytes / (row * size);
         for (int r = 0; r < rows; r++) {
             const u8* source = map.base;
@@ -191,7 +223,17 @@ inline void start_box(void* to, const TensorMap* at, std::vector<int> from, u64*
                     memset(into, 0, size);
             }
         }
-    });
+    };
+    for (int rank = 0; blocks >> rank; rank++) {
+        if (!(blocks >> rank & 1)) continue;
+        Block& block = block_of_cluster(rank, what);
+        Barrier& barrier = ready_barrier(in_block(word, block), what, block);
+        u64 due = machine->now + some_time();
+        start_copy(block, in_block(to, block), bytes, map.swizzled, due, &barrier, what, gather);
+    }
+}
+inline void start_box(void* to, const TensorMap* map, std::vector<int> from, u64* barrier) {
+    start_boxes(to, map, from, barrier, 1 << machine->current->block->rank, "copy_box");
 }
 
 inline std::string describe_poll(const void* what, long value) {
@@ -252,10 +294,9 @@ inline void copy_bulk(void* to, const void* from, int bytes, u64* word) {
     if (bytes < 16 || bytes % 16) host::fail(host::text("copy_bulk of %d bytes", bytes));
     host::check_shared(to, bytes, 16, "copy_bulk");
     host::check_global(from, bytes, 16, "copy_bulk");
-    host::Barrier& barrier = host::barrier_at(word, "copy_bulk");
-    if (!barrier.ready) host::fail("copy_bulk without barriers_ready, to " + host::name(barrier));
-    host::start_copy(to, bytes, false, host::machine->now + host::some_time(), &barrier, "copy_bulk",
-                     [=](u8* into) { memcpy(into, from, bytes); });
+    host::Barrier& barrier = host::ready_barrier(word, "copy_bulk");
+    host::start_copy(*host::machine->current->block, to, bytes, false, host::machine->now + host::some_time(),
+                     &barrier, "copy_bulk", [=](u8* into) { memcpy(into, from, bytes); });
     host::maybe_yield();
 }
 inline void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier) {
@@ -279,7 +320,7 @@ inline void copy_few(void* to, const void* from, int bytes, bool there, const ch
     Fiber& self = *machine->current;
     u64 due = machine->now + some_time();
     self.few_there = std::max(self.few_there, due);
-    start_copy(to, bytes, false, due, nullptr, what, [=](u8* into) {
+    start_copy(*self.block, to, bytes, false, due, nullptr, what, [=](u8* into) {
         if (there) memcpy(into, from, bytes);
         else memset(into, 0, bytes);
     });
@@ -295,10 +336,9 @@ inline void copy_sixteen(void* to, const void* from, bool there) {
 inline void arrive_with_copies(u64* word) {
     host::Fiber& self = *host::machine->current;
     host::Barrier& barrier = host::barrier_at(word, "arrive_with_copies");
-    std::string who = host::text("block %d, thread %d's arrive_with_copies", self.block->index, self.thread);
     u64 due = std::max(self.few_there, host::machine->now) + host::dice(16);
-    host::later(due, who, [&barrier, &self] {
-        if (!self.block->live) host::fail("it arrives after the end of its block");
+    host::later(due, host::started("arrive_with_copies"), [&barrier, &self] {
+        host::check_live(*self.block);
         host::arrive(barrier);
     });
     host::maybe_yield();

@@ -193,3 +193,107 @@ KERNEL void misuse(int* in, int fault) {
     if (fault == 18) let_next_start();
     if (fault == 17 && threadIdx.x < 32) __syncthreads();  // right: the others have ended
 }
+
+enum { OWN_ONLY = 1, NO_LAST_SYNC = 2, WRONG_MASK = 3, ONE_MORE = 4, NO_FIRST_SYNC = 5, ONE_LESS = 6 };
+
+// Each block of a cluster of two has its number times all of the cluster's tiles of 256 floats, through a ring of two
+// slots: it copies half of a tile, rows of 32, to both (block 0 from a map of two dimensions, block 1 of three).
+// Warp 0 copies, warp 1 computes.
+KERNEL void exchange(const GRID_CONSTANT TensorMap flat, const GRID_CONSTANT TensorMap halves, float* out, int tiles,
+                     int fault) {
+    SHARED_MEMORY(memory);
+    const float* slots = reinterpret_cast<const float*>(memory);
+    u64* full = reinterpret_cast<u64*>(memory + 2048);
+    u64* empty = full + 2;
+    const int rank = cluster_rank(), first = blockIdx.x / 2 * tiles;
+    if (threadIdx.x == 0) {
+        int readers = fault == OWN_ONLY ? 1 : fault == ONE_MORE ? 3 : 2;
+        for (int i = 0; i < 2; i++) barrier_init(full + i, 1), barrier_init(empty + i, readers);
+        barriers_ready();
+    }
+    __syncwarp();
+    if (fault == NO_FIRST_SYNC) __syncthreads();
+    else cluster_sync();
+    for (int i = 0; i < tiles; i++) {
+        int slot = i % 2, phase = i / 2 % 2;
+        if (threadIdx.x == 0) {
+            if (i >= 2) barrier_wait_cluster(empty + slot, phase ^ 1);
+            barrier_expect(full + slot, fault == ONE_LESS ? 512 : 1024);
+            u8* to = memory + slot * 1024 + rank * 512;
+            int half = (first + i) * 2 + rank, blocks = fault == WRONG_MASK ? 1 << rank : 3;
+            if (rank == 0) copy_box_to_all(to, &flat, 0, half * 4, full + slot, blocks);
+            else copy_box_to_all(to, &halves, 0, 0, half, full + slot, blocks);
+        } else if (threadIdx.x >= 32) {
+            barrier_wait(full + slot, phase);
+            for (int j = threadIdx.x - 32; j < 256; j += 32)
+                out[(blockIdx.x * tiles + i) * 256 + j] = blockIdx.x * slots[slot * 256 + j];
+            __syncwarp();
+            if (threadIdx.x - 32 < 2 && (fault != OWN_ONLY || threadIdx.x - 32 == rank))
+                barrier_arrive_at(empty + slot, threadIdx.x - 32);
+        }
+    }
+    __syncwarp();
+    if (fault != NO_LAST_SYNC) cluster_sync();
+}
+
+// out [64, COLUMNS] = a [64, 128] b [COLUMNS, 128]^T in block 0; block 1 copies to it, and over b once it is free.
+KERNEL void multiply_for_peer(const GRID_CONSTANT TensorMap a, const GRID_CONSTANT TensorMap b, float* out, int fault) {
+    SHARED_MEMORY(memory);
+    u64* full = reinterpret_cast<u64*>(memory + 8192 + COLUMNS * 128);
+    u64* empty = full + 1;
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1), barrier_init(empty, 1);
+        barriers_ready();
+        if (cluster_rank() == 0) barrier_expect(full, 8192 + COLUMNS * 128);
+    }
+    __syncwarp();
+    cluster_sync();
+    if (cluster_rank() == 1 && threadIdx.x == 0) {
+        copy_box_to_all(memory, &a, 0, 0, full, 1);
+        copy_box_to_all(memory + 8192, &b, 0, 0, full, 1);
+        barrier_wait_cluster(empty, 0);
+        copy_box_to_all(memory + 8192, &b, 0, COLUMNS, full, 1);
+    } else if (cluster_rank() == 0) {
+        barrier_wait(full, 0);
+        float sums[COLUMNS / 2];
+        wgmma_fence();
+        u64 rows = shared_matrix(memory), columns = shared_matrix(memory + 8192);
+        for (int k = 0; k < 128; k += 32)
+            wgmma_fp8<COLUMNS>(sums, columns_on(rows, k), columns_on(columns, k), k > 0);
+        wgmma_commit();
+        if (threadIdx.x == 0) barrier_expect(full, COLUMNS * 128);
+        if (fault != EARLY) wgmma_wait<0>();
+        __syncthreads();
+        if (threadIdx.x == 0) barrier_arrive_at(empty, 1);
+        barrier_wait(full, 1);
+        wgmma_wait<0>();
+        int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+        for (int i = 0; i < COLUMNS / 2; i++)
+            out[(row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + column + i % 2] = sums[i];
+    }
+    __syncwarp();
+    cluster_sync();
+}
+
+// What block 0 does to block 1; the faults are named in the test.
+KERNEL void misuse_cluster(const GRID_CONSTANT TensorMap map, int fault) {
+    SHARED_MEMORY(memory);
+    u64* barrier = reinterpret_cast<u64*>(memory);
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barriers_ready();
+        if (fault != 3 || rank == 0) barrier_init(barrier + 1, 1);
+        if (fault != 4) barriers_ready();
+    }
+    __syncwarp();
+    cluster_sync();
+    if (threadIdx.x == 0 && rank == 0) {
+        if (fault == 0) barrier_arrive_at(barrier, 2);
+        if (fault == 1) copy_box_to_all(memory + 128, &map, 0, 0, barrier, 4);
+        if (fault == 2) copy_box_to_all(memory + 128, &map, 0, 0, barrier, 0);
+        if (fault == 3 || fault == 4) barrier_arrive_at(barrier + 1, 1);
+        if (fault >= 5) copy_box_to_all(memory + 128, &map, 0, 0, barrier, 2);
+    }
+    if (fault == 6) cluster_sync();
+}

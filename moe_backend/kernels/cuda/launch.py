@@ -30,12 +30,14 @@ class Kernel(NamedTuple):
         source: the file; name: of the kernel in it.
         constants: macros and their values.
         shared: bytes of dynamic shared memory.
+        cluster: blocks of a cluster, at most 8; a launch's are whole clusters.
     """
 
     source: Path
     name: str
     constants: tuple[tuple[str, int], ...]
     shared: int
+    cluster: int = 1
 
 
 class Memory(NamedTuple):
@@ -93,6 +95,8 @@ def launch(kernel: Kernel, grid: int, threads: int, arguments: Sequence[Argument
         arguments: tensors and memory go as addresses, ints as int32, floats as fp32, maps as 128
             bytes; the same kinds in every launch of a kernel.
     """
+    if grid % kernel.cluster:
+        raise ValueError(f"{kernel.name}: {grid} blocks are not whole clusters of {kernel.cluster}")
     instead = getattr(_thread, "instead", None)
     if instead is not None:
         instead(kernel)
@@ -175,8 +179,8 @@ class _Prepared:
         self.config.gridDimY = self.config.gridDimZ = 1
         self.config.blockDimY = self.config.blockDimZ = 1
         self.config.sharedMemBytes = kernel.shared
-        self.config.attrs = [_overlapped()]
-        self.config.numAttrs = 1
+        self.config.attrs = _attributes(kernel.cluster)
+        self.config.numAttrs = len(self.config.attrs)
         self.packing = _Packing(arguments)
 
     def start(self, grid: int, threads: int, arguments: Sequence[Argument], stream: int) -> Any:
@@ -204,13 +208,21 @@ def _start(
 
 
 @cache
-def _overlapped() -> Any:
+def _attributes(cluster: int) -> list[Any]:
+    """Launches overlap, and so many blocks are a cluster."""
     from cuda.bindings import driver
 
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    return attribute
+    ids = driver.CUlaunchAttributeID
+    overlapped = driver.CUlaunchAttribute()
+    overlapped.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlapped.value.programmaticStreamSerializationAllowed = 1
+    if cluster == 1:
+        return [overlapped]
+    clusters = driver.CUlaunchAttribute()
+    clusters.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    sides = clusters.value.clusterDim
+    sides.x, sides.y, sides.z = cluster, 1, 1
+    return [overlapped, clusters]
 
 
 def _layout(argument: Argument) -> str:

@@ -54,18 +54,48 @@ DEVICE void barrier_arrive(u64* barrier, int times) {
 DEVICE void barrier_expect(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-DEVICE void barrier_wait(u64* barrier, int phase) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase)
-        : "memory");
-}
+// Waits for the end of a phase, with what the text says between the instruction and its address space.
+#define WAIT_FOR_PHASE(barrier, phase, scope)                                  \
+    asm volatile(                                                              \
+        "{\n.reg .pred done;\n"                                                \
+        "again:\n"                                                             \
+        "mbarrier.try_wait.parity" scope ".shared::cta.b64 done, [%0], %1;\n"  \
+        "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase)      \
+        : "memory")
+DEVICE void barrier_wait(u64* barrier, int phase) { WAIT_FOR_PHASE(barrier, phase, ""); }
 // Threads of some warps, a multiple of 32 of them; ids from 1 on (0 is __syncthreads).
 DEVICE void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// --- Clusters: consecutive blocks of a launch that run together and reach each other's shared memory ---
+
+// This block's number in its cluster.
+DEVICE int cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+// All threads of all blocks of the cluster, those that have ended aside. Between barriers_ready and the first use
+// of another block's barriers; and at the end, as a block must not end before what others send to it is there.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// An arrival at the barrier of the same place in the shared memory of block `rank`, which may be this one. It comes
+// with a fence for the whole GPU (MEMBAR.ALL.GPU): better one thread for many than each for itself.
+DEVICE void barrier_arrive_at(u64* barrier, int rank) {
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+// For barriers at which threads of other blocks arrive. What they did before is ordered before what follows only if
+// both scopes include both threads (PTX ISA, morally strong operations), and barrier_wait's is its block. Copies that
+// another block started need barrier_wait alone: their bytes complete at a barrier of this block. It drops the SM's
+// L1 (CCTL.IVALL).
+DEVICE void barrier_wait_cluster(u64* barrier, int phase) { WAIT_FOR_PHASE(barrier, phase, ".acquire.cluster"); }
 
 // --- Copies to shared memory ---
 
@@ -96,6 +126,22 @@ DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u,
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
             "r"(shared_address(to)),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(shared_address(barrier))
+        : "memory");
+}
+// A box into the shared memory of each block of the cluster that has a bit in `blocks`, at the same place in all; its
+// bytes arrive at the barrier of the same place there.
+DEVICE void copy_box_to_all(void* to, const TensorMap* map, int x, int y, u64* barrier, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
+            "r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(static_cast<u16>(blocks))
+        : "memory");
+}
+DEVICE void copy_box_to_all(void* to, const TensorMap* map, int x, int y, int z, u64* barrier, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
+            "r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(static_cast<u16>(blocks))
         : "memory");
 }
 DEVICE void prefetch_map(const TensorMap* map) {
