@@ -54,7 +54,7 @@ DEVICE void barrier_arrive(u64* barrier, int times) {
 DEVICE void barrier_expect(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Waits for the end of a phase, with what the text says between the instruction and its address space.
+// Until the end of a phase; `scope` is what the instruction says of order, nothing for acquire in the block.
 #define WAIT_FOR_PHASE(barrier, phase, scope)                                  \
     asm volatile(                                                              \
         "{\n.reg .pred done;\n"                                                \
@@ -76,8 +76,9 @@ DEVICE int cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return static_cast<int>(rank);
 }
-// All threads of all blocks of the cluster, those that have ended aside. Between barriers_ready and the first use
-// of another block's barriers; and at the end, as a block must not end before what others send to it is there.
+// All threads of all blocks of the cluster, those that have ended aside; the threads of a warp together (__syncwarp
+// first where they may not be). Between barriers_ready and the first use of another block's barriers; and at the end,
+// as a block must not end before what others send to it is there.
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
