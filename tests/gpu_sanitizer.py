@@ -114,7 +114,7 @@ def run_set() -> int:
 
     from moe_backend.fused_moe import FusedMoE
     from moe_backend.kernels.cuda.launch import Memory
-    from moe_backend.kernels.hopper import flow, tiles
+    from moe_backend.kernels.hopper import flow, pairs, tiles
     from moe_backend.kernels.hopper import kernel as hopper
     from moe_backend.kernels.registry import kernel_named
     from moe_backend.verify.problems import ACTIVATIONS, Case
@@ -127,7 +127,7 @@ def run_set() -> int:
         kept.append([torch.empty(size, dtype=torch.uint8, device=device) for size in sizes])
         return None, [Memory(array.data_ptr()) for array in kept[-1]]
 
-    flow.carve = carve
+    flow.carve = pairs.carve = carve
     for kernel in ("hopper", "triton"):
         for name in ("fp8_block", "nvfp4", "bf16"):
             case = Case(name, ACTIVATIONS[1], layout="ep", intermediate_size=160, hidden_size=256)
@@ -144,13 +144,17 @@ def run_set() -> int:
                 if (fault := wrong(fused, routed(problem, tokens))) is not None:
                     faults.append(fault)
             if kernel == "hopper" and name != "bf16":
-                # Other methods run this layer where CUDA C++ cannot be compiled.
+                # Other methods run this layer where CUDA C++ cannot be compiled, or wider ones.
                 tensors = kernel_named(kernel).prepare(problem.weights)
                 for tokens in COUNTS:
-                    calls += 1
                     p = routed(problem, tokens)
                     given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                    hopper.run(p.layer, tensors, *given, tiles.tiles(p.layer, tokens))
+                    others = [tiles.tiles(p.layer, tokens)]
+                    if name == "fp8_block":
+                        others.append(tiles.Pairs(tiles.PAIRS_STAGES))
+                    for choice in others:
+                        calls += 1
+                        hopper.run(p.layer, tensors, *given, choice)
             if kernel == "hopper" and tiles.streams(problem.layer):
                 # Layers this small get another method; its results are `test_stream`'s business.
                 tensors = kernel_named(kernel).prepare(problem.weights)

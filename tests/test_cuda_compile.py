@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
-from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, tiles
-from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Wide
+from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, pairs, tiles
+from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Pairs, Wide
 
 missing = build.missing()
 compiles = pytest.mark.skipif(missing is not None, reason=f"CUDA C++ is not compiled: {missing}")
@@ -49,7 +49,7 @@ def source(tmp_path, monkeypatch):
 def kernels_of(monkeypatch):
     """The kernels in CUDA C++ that a choice launches, as the host code asks for them."""
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
-    for module in (flow, once):
+    for module in (flow, once, pairs):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
     def find(name, tokens, choice):
@@ -70,10 +70,11 @@ def kernels_of(monkeypatch):
 
 
 def local_memory(source, constants, *more):
-    """Bytes of a thread's stack and of spills, by the compiler's words."""
+    """Bytes of a thread's stack and of spills of a source's kernels, by the compiler's words."""
     _, words = build._compile(source, [*build._options(constants), "--ptxas-options=-v", *more])
-    (found,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", words)
-    return max(map(int, found))
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", words)
+    assert found
+    return max(int(number) for numbers in found for number in numbers)
 
 
 # With NVFP4 a thread has two words more than its 80 registers hold (NVRTC 13.0).
@@ -84,6 +85,7 @@ FLOWS = {
     "nvfp4": ((8, 2, 1), (8, 4, 1), (32, 2, 2), (64, 4, 1), (96, 2, 2), (128, 2, 1)),
 }
 ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
+PAIRS = ["count", "route", "pairs", "pairs", "combine"]
 
 
 @compiles
@@ -97,7 +99,9 @@ ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
         ("step-3.5-tp8-even", 8, ONCE),
         ("step-3.5-tp8-even", 64, FLOW),
         ("step-3.5-tp8-even", 1024, FLOW),
-        ("step-3.5-tp8-even", 4096, FLOW),
+        ("step-3.5-tp8-even", 4096, ["count", *FLOW]),
+        ("step-3.5-ep8", 4096, PAIRS),
+        ("step-3.5-tp4-even", 4096, ["count", *FLOW]),
         ("deepseek-v4-flash-ep8", 8, ONCE),
         ("deepseek-v4-flash-ep8", 64, FLOW),
         ("deepseek-v4-flash-ep8", 1024, FLOW),
@@ -119,11 +123,22 @@ def test_what_the_host_code_takes_compiles(kernels_of, name):
     choices = [Once(blocks) for blocks in (1, 2, 4)]
     if layer.format != "bf16":
         choices += [tiles.flow(layer, *tile) for tile in FLOWS[layer.format]]
+    choices.append(Pairs(4))
     taken = [choice for choice in choices if methods.sound(layer, 1, choice)]
     assert taken
     for choice in taken:
         for one in kernels_of(name, 1, choice):
             build._compile(one.source, build._options(one.constants))
+
+
+@compiles
+@pytest.mark.parametrize("name", ["step-3.5-ep8", "step-3.5-tp4-even", "step-3.5-tp8-even"])
+def test_pairs_hold_their_sums_in_registers(kernels_of, name):
+    """Shards off the block grid have sub-steps of 64 and of 32 columns."""
+    for one in kernels_of(name, 4096, Pairs(4)):
+        assert local_memory(one.source, one.constants) == 0
+        _, words = build._compile(one.source, build._options(one.constants))
+        assert "serialized" not in words
 
 
 @compiles
@@ -490,5 +505,5 @@ def test_the_log_line_says_which_method_runs_with_how_many_tokens(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: None)
     choose.forget()
     said = kernel.HopperKernel().preference(EP8)
-    assert said.endswith("; few to 2 tokens, once to 8 tokens, flow to 2,160 tokens, prefill")
+    assert said.endswith("; few to 2 tokens, once to 8 tokens, flow to 2,160 tokens, pairs")
     choose.forget()

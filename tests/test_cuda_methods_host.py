@@ -1,7 +1,7 @@
 """The methods in CUDA C++ as a layer calls them, with launches that run on a CPU.
 
 What the kernels do alone is in test_once_host.py, test_route_host.py and test_flow_host.py; here
-their arguments are those that `once.py`, `flow.py` and `route.py` give.
+their arguments are those that `once.py`, `flow.py`, `pairs.py` and `route.py` give.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cuda_host import driver
 
 from moe_backend.activation import Activation
 from moe_backend.kernels.cuda import launch
-from moe_backend.kernels.hopper import flow, kernel, once, route, tiles
-from moe_backend.kernels.hopper.tiles import Once
+from moe_backend.kernels.hopper import flow, kernel, once, pairs, route, tiles
+from moe_backend.kernels.hopper.tiles import Once, Pairs
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import Case, build
@@ -40,21 +40,22 @@ def launches(monkeypatch):
         library = driver.compile(kernel.source, dict(kernel.constants))
         args = [encoded(argument) for argument in arguments]
         # Boxes of hidden columns reach into the next expert's.
-        changing = kernel.name == "flow"
+        changing = kernel.name in ("flow", "pairs")
         driver.launch(
             library, kernel.name, grid, threads, kernel.shared, args, len(found),
-            sources_may_change=changing,
+            sources_may_change=changing, cluster=kernel.cluster,
         )  # fmt: skip
 
     def carve(device, *sizes):
         arrays = [torch.full((max(size, 1),), POISON, dtype=torch.uint8) for size in sizes]
         return None, arrays
 
-    for module in (flow, once, route):
+    for module in (flow, once, pairs, route):
         monkeypatch.setattr(module, "launch", start)
-    for module in (flow, once):
+    for module in (flow, once, pairs):
         monkeypatch.setattr(module, "multiprocessors", lambda device: SMS)
-    monkeypatch.setattr(flow, "carve", carve)
+    for module in (flow, pairs):
+        monkeypatch.setattr(module, "carve", carve)
     counters = torch.zeros(once.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(once, "_counters", lambda w13: counters)
     return found
@@ -142,6 +143,23 @@ def test_flow_with_routing_weights_on_the_input(launches):
     )  # fmt: skip
     problem = replace(problem, layer=layer, reference=reference)
     check(problem, tiles.flow(layer, 16, 2, 1))
+
+
+def test_flow_with_slots_counted_beforehand(launches, monkeypatch):
+    monkeypatch.setattr(route, "MANY_SLOTS", 64)
+    problem = case("fp8_block", layout="ep", tokens=40, **NARROW)
+    check(problem, tiles.flow(problem.layer, 16, 2, 1))
+    assert launches == ["count", "route", "flow", "combine"]
+
+
+@pytest.mark.parametrize("layout", ["unsharded", "ep", "dropped"])
+@pytest.mark.parametrize("blocks", [NARROW, {"w13_block": (128, 128), "w2_block": (128, 128)}])
+def test_pairs(launches, layout, blocks):
+    """Up to three tiles an expert; a block of 32 hidden columns is left of 160."""
+    problem = case("fp8_block", layout=layout, tokens=330, num_experts=4, **blocks)
+    outputs = [check(problem, Pairs(stages)) for stages in (3, 4)]  # with other seeds
+    assert launches == 2 * ["count", "route", "pairs", "pairs", "combine"]
+    assert torch.equal(*outputs)
 
 
 def test_flow_of_what_lies_askew(launches):

@@ -17,7 +17,7 @@ from test_gpu_matrix import FEW, LAYOUTS, REL_L2_FEW, STEP, experts
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import kernel as hopper
 from moe_backend.kernels.hopper import tiles
-from moe_backend.kernels.hopper.tiles import Once
+from moe_backend.kernels.hopper.tiles import Once, Pairs
 from moe_backend.kernels.registry import kernel_named
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import ACTIVATIONS, Case
@@ -38,6 +38,14 @@ TILES = (
     *((8, 2, 2), (8, 3, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (64, 3, 2)),
     *((128, 2, 2), (128, 3, 1)),
 )
+PAIRS = (
+    Case("fp8_block", STEP, hidden_size=1024, intermediate_size=640),
+    Case(
+        *("fp8_block", STEP), hidden_size=1024, intermediate_size=320, w13_block=(64, 128),
+        w2_block=(128, 64),
+    ),
+    Case("fp8_block", STEP, hidden_size=512, intermediate_size=160, **NARROW),
+)  # fmt: skip
 NVFP4 = Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512)
 PADDED = Case("nvfp4", STEP, hidden_size=512, intermediate_size=320)
 NVFP4_TILES = (
@@ -107,6 +115,28 @@ def test_flow(case, tile):
             choice = tiles.flow(problem.layer, *tile)
             found += faults(problem, choice, (1, 7, 16, 76, 304, 1000, 4096))
     assert found == []
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: str(c.intermediate_size))
+def test_pairs(case):
+    """From one token to several pairs of tiles for an expert, with blocks of rows left over."""
+    found = []
+    for activation in ACTIVATIONS if case is PAIRS[0] else ACTIVATIONS[:1]:
+        for layout in LAYOUTS:
+            problem = small(replace(case, activation=activation, **experts(layout)))
+            found += faults(problem, Pairs(4), (1, 7, 64, 129, 304, 1000, 4096, 8209))
+    assert found == []
+
+
+def test_pairs_repeat_many_times():
+    """A second GEMM of three steps: what the blocks of a pair promise each other comes often."""
+    problem = small(replace(PAIRS[1], **experts("ep")))
+    tensors = kernel_named("hopper").prepare(problem.weights)
+    p = routed(problem, 4096)
+    given = p.x, p.topk_weights, p.topk_ids, p.expert_map
+    wanted = hopper.run(p.layer, tensors, *given, Pairs(4))
+    for _ in range(2000):
+        assert torch.equal(hopper.run(p.layer, tensors, *given, Pairs(4)), wanted)
 
 
 def test_once_counts_for_each_stream():

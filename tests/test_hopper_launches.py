@@ -20,19 +20,21 @@ from moe_backend.kernels.hopper import (
     flow,
     kernel,
     once,
+    pairs,
     prefill,
     stream,
     tiled,
     tiles,
     wide,
 )
-from moe_backend.kernels.hopper.tiles import Once, Prefill, Stream, Wide
+from moe_backend.kernels.hopper.tiles import Once, Pairs, Prefill, Stream, Wide
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 FLOW = ["route", "flow", "combine"]
 GEMMS = ["gemm_kernel", "gemm_kernel"]
-CUDA = ("moe_once", *FLOW)
+PAIRS = ["count", "route", "pairs", "pairs", "combine"]
+CUDA = ("moe_once", *FLOW, *PAIRS)
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", *GEMMS]
 
 
@@ -44,7 +46,7 @@ def launches(monkeypatch):
         found.append((self.fn.__name__, bool(kwargs.get("launch_pdl"))))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for module in (few, flow, once, prefill, stream, tiled, wide):
+    for module in (few, flow, once, pairs, prefill, stream, tiled, wide):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     with launch.instead_of_launching(lambda kernel: found.append((kernel.name, True))):
         yield found
@@ -57,6 +59,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
+        ("fp8_block", lambda layer: Pairs(4), PAIRS),
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
         ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
@@ -70,6 +73,7 @@ def launches(monkeypatch):
         "fp8-few",
         "fp8-tiles",
         "fp8-prefill",
+        "fp8-pairs",
         "fp8-once",
         "fp8-flow",
         "nvfp4-stream",

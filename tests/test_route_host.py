@@ -32,21 +32,30 @@ class Case:
     mapped: bool = True
     weight_on_input: bool = False
     quantised: bool = True
+    chunks: int = 0  # that a launch of its own counts
+    pieces: int = 1  # of 256 columns
+    sorted: bool = False  # tokens go to the positions of their slots
 
 
 CASES = {
     "one token": Case(1, 8, 16, 16, 256, 1, mapped=False),
     "a block for each": Case(7, 4, 12, 5, 192, 1),
     "left out": Case(40, 2, 8, 3, 128, 9, long_ids=True),
-    "gathered": Case(33, 8, 24, 24, 4224, 7, mapped=False),
+    "gathered": Case(33, 8, 24, 24, 4224, 7, mapped=False, pieces=4),
     "many experts": Case(20, 6, 700, 600, 64, 20),
     "rounds": Case(150, 8, 20, 11, 64, 140),
     "nothing here": Case(5, 2, 300, 1, 128, 2),
     "many slots": Case(6, 40, 64, 64, 64, 4, mapped=False),
     "long rows": Case(3, 8, 1024, 1024, 8256, 2, mapped=False),
+    "chunks": Case(150, 8, 20, 11, 192, 7, chunks=5, sorted=True, pieces=4),
+    "few chunks filled": Case(9, 4, 600, 600, 128, 2, long_ids=True, mapped=False, chunks=8),
+    "one block in chunks": Case(3, 2, 4, 3, 128, 3, chunks=4, sorted=True),
     "weights first": Case(9, 1, 4, 4, 192, 4, mapped=False, weight_on_input=True),
     "reordered": Case(20, 4, 12, 5, 512, 3, quantised=False),
     "reordered long": Case(3, 2, 4, 4, 4352, 2, mapped=False, quantised=False),
+    "reordered and sorted": Case(
+        20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4
+    ),
     "reordered weights": Case(9, 1, 4, 3, 256, 4, weight_on_input=True, quantised=False),
 }
 
@@ -105,8 +114,9 @@ def test_route(name: str, seed: int) -> None:
         expert_map[torch.randperm(case.experts)[: case.local]] = torch.arange(case.local).int()
     room = cdiv(t * k + 3 * min(case.local, t * k), 4) * 4
     bytes_each = 1 if case.quantised else 2
-    operand = torch.full((t, bytes_each * h), POISON, dtype=torch.uint8)
-    scale = torch.full((cdiv(h, 128), t), float("nan"))
+    rows = room if case.sorted else t
+    operand = torch.full((rows, bytes_each * h), POISON, dtype=torch.uint8)
+    scale = torch.full((cdiv(h, 128), rows), float("nan"))
     position = torch.full((t * k,), -7, dtype=torch.int32)
     token_of = torch.full((room,), -7, dtype=torch.int32)
     listed = torch.full((1 + 3 * case.local,), -7, dtype=torch.int32)
@@ -114,15 +124,24 @@ def test_route(name: str, seed: int) -> None:
     defines = {
         "EXPERTS": case.local, "NUM_IDS": case.experts, "TOP_K": k, "HAS_MAP": int(case.mapped),
         "IDS64": int(case.long_ids), "WEIGHT_ON_INPUT": int(case.weight_on_input),
-        "QUANTISED": int(case.quantised),
+        "QUANTISED": int(case.quantised), "CHUNKS": case.chunks, "SORTED": int(case.sorted),
+        "PIECES": case.pieces,
     }  # fmt: skip
     shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32) + 16
     shared += 512 * (1 if case.quantised else THREADS // 32)
+    library = driver.compile(driver.KERNELS / "route.cu", defines)
+    blocks = cdiv(t, case.each)
+    each_chunk = cdiv(blocks, case.chunks or 1) * case.each * k
+    counts = torch.full((case.chunks, case.local), -7, dtype=torch.int32)
+    if case.chunks:
+        driver.launch(
+            library, "count", case.chunks, THREADS, 4 * case.local,
+            [ids, expert_map, counts, t * k, each_chunk], seed,
+        )  # fmt: skip
     driver.launch(
-        driver.compile(driver.KERNELS / "route.cu", defines), "route", cdiv(t, case.each) + 1,
-        THREADS, shared,
-        [x, ids, expert_map, weights, operand, scale, position, token_of, listed, counters, 997, t,
-         case.each, h],
+        library, "route", blocks + 1, THREADS, shared,
+        [x, ids, expert_map, weights, operand, scale, position, token_of, listed, counters, counts,
+         997, t, rows, case.each, each_chunk, h],
         seed,
     )  # fmt: skip
 
@@ -132,6 +151,9 @@ def test_route(name: str, seed: int) -> None:
     assert counters.tolist() == [0] * 997 + [7] * 3
     value = x.float() * weights if case.weight_on_input else x.float()
     routed = (position.view(t, k) >= 0).any(1)
+    if case.sorted:
+        token = torch.tensor([wanted.index(p) // k if p in wanted else -1 for p in range(rows)])
+        value, routed = value[token], token >= 0
     assert (operand[~routed] == POISON).all()
     if case.quantised:
         check_codes(operand[routed], scale[:, routed].T, value[routed])
@@ -147,15 +169,16 @@ def test_route(name: str, seed: int) -> None:
     assert torch.equal(token_of, tokens)
 
 
+@pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
     ("top_k", "h"),
     [(1, 64), (8, 4160), (11, 192), (40, 64)],
     ids=["one", "parts", "many", "more than lanes"],
 )
-def test_combine(top_k: int, h: int, weighted: bool) -> None:
+def test_combine(top_k: int, h: int, weighted: bool, pieces: int) -> None:
     torch.manual_seed(0)
-    t = 9
+    t, blocks = 19, 2
     partial = torch.randn(t * top_k + 5, h).bfloat16()
     position = torch.randperm(len(partial))[: t * top_k].int().view(t, top_k)
     position[torch.rand(t, top_k) < 0.3] = -1
@@ -163,11 +186,10 @@ def test_combine(top_k: int, h: int, weighted: bool) -> None:
     weights = torch.rand(t, top_k)
     weights[position < 0] = float("nan")
     out = torch.full((t, h), float("nan"), dtype=torch.bfloat16)
-    library = driver.compile(
-        driver.KERNELS / "combine.cu", {"TOP_K": top_k, "WEIGHTED": int(weighted)}
-    )
-    args = [partial, position, weights, out, h]
-    driver.launch(library, "combine", t * cdiv(h, 4096), 256, 8 * top_k + 4, args, seed=1)
+    defines = {"TOP_K": top_k, "WEIGHTED": int(weighted), "PIECES": pieces}
+    library = driver.compile(driver.KERNELS / "combine.cu", defines)
+    args = [partial, position, weights, out, t, h]
+    driver.launch(library, "combine", blocks, 256, 0, args, seed=1)
     scaled = weights.nan_to_num() if weighted else torch.ones_like(weights)
     rows = partial.double()[position.clamp(min=0)] * (position >= 0)[:, :, None]
     wanted = (rows * scaled.double()[:, :, None]).sum(1)

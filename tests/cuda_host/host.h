@@ -47,6 +47,7 @@ template <class To, class From> To host_bits(From from) {
 }
 inline u32 __float_as_uint(float x) { return host_bits<u32>(x); }
 inline float __uint_as_float(u32 x) { return host_bits<float>(x); }
+inline int __ffs(u32 x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline u32 __byte_perm(u32 a, u32 b, u32 select) {
     u64 both = a | static_cast<u64>(b) << 32;

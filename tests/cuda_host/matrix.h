@@ -53,6 +53,7 @@ inline u32 to_fp8(float a, float b, float c, float d) {
     return host::round_fp8(a) | host::round_fp8(b) << 8 | host::round_fp8(c) << 16 | host::round_fp8(d) << 24;
 }
 inline u32 to_bf16(float a, float b) { return host::round_bf16(a) | host::round_bf16(b) << 16; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float low_bf16(u32 pair) { return host::from_bf16(pair & 0xFFFF); }
 inline float high_bf16(u32 pair) { return host::from_bf16(pair >> 16); }
 inline u32 multiply_bf16(u32 a, u32 b) {

@@ -360,10 +360,13 @@ inline void add_shared(int* p, int value) {
     host::maybe_yield(8);
     *p += value;
 }
-inline int add_relaxed(int* p, int value) {
+inline int add_release(int* p, int value) {
     host::maybe_yield();
     int before = *p;
     *p = before + value;
     return before;
 }
-inline int add_release(int* p, int value) { return add_relaxed(p, value); }
+inline int take_ticket(int* p) {
+    if (host::machine->current->lane()) host::fail("take_ticket by another lane than the first");
+    return add_release(p, 1);
+}

@@ -43,7 +43,7 @@ KERNEL void hand_over(int* scratch, int* counter, int* out, int fault) {
         if (fault != NO_WAIT) wait_until_at_least(counter, 1);
         out[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x + scratch[threadIdx.x];
     }
-    add_relaxed(counter + 1, 1);
+    add_release(counter + 1, 1);
 }
 
 KERNEL void lanes(int* out) {

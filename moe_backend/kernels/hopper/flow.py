@@ -10,7 +10,7 @@ import torch
 from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
-from moe_backend.kernels.hopper.route import Routed, combine, route
+from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, route
 from moe_backend.kernels.hopper.sorted_tokens import positions_of
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
@@ -45,25 +45,26 @@ def run(
     else:
         wide, columns, scales, groups = 2, _padded(i), 0, 0
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
-    whole, (operand, scale, position, token_of, experts, counts, hidden, hidden_scale, partial) = (
-        carve(
-            w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
-            4 * (1 + 3 * e), 4 * counters, wide * positions * columns, 4 * groups * positions,
-            2 * positions * h,
-        )
+    whole, arrays = carve(
+        w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
+        4 * (1 + 3 * e), 4 * CHUNKS * e, 4 * counters, wide * positions * columns,
+        4 * groups * positions, 2 * positions * h,
     )  # fmt: skip
+    operand, scale, position, token_of, experts, found, zeros, hidden, hidden_scale, partial = (
+        arrays
+    )
     out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
-    to = Routed(operand, scale, position, token_of, experts, counts)
+    to = Routed(operand, scale, position, token_of, experts, zeros, found)
     route(layer, x, weights, ids, expert_map, to, counters, sms)
     activation = layer.activation
     launch(
         kernel, sms, 128 * (choice.groups + 1),
         [*_maps(layer, w13, w2, hidden, positions), w13_scale, w2_scale, w13_global, w2_global,
-         operand, scale, experts, token_of, counts, hidden, hidden_scale, partial,
+         operand, scale, experts, token_of, zeros, hidden, hidden_scale, partial,
          activation.limit or 0.0, activation.alpha, activation.beta, h, columns, tokens, positions,
          w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
-    combine(layer, partial, position, weights, out)
+    combine(layer, partial, position, weights, out, sms)
     del whole  # what is allocated next on this stream comes after these launches
     return out
 

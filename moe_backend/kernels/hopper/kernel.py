@@ -14,9 +14,9 @@ import torch
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
-from moe_backend.kernels.hopper import few, flow, once, prefill, stream, tiled, wide
+from moe_backend.kernels.hopper import few, flow, once, pairs, prefill, route, stream, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Prefill, Stream, Wide
+from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Prefill, Stream, Wide
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.variants import candidates
@@ -58,7 +58,9 @@ class HopperKernel:
 
     def warmup_tokens(self, layer: LayerConfig, max_tokens: int) -> list[int]:
         most = min(max_tokens, slice_tokens(layer, PARTIAL_ELEMENTS))
-        return candidates(layer, most, lambda tokens: choose(layer, tokens))
+        return candidates(
+            layer, most, lambda tokens: (choose(layer, tokens), route.many(layer, tokens))
+        )
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         once.make_room(weights.w13.device)
@@ -119,6 +121,8 @@ def run(
         expert_map = expert_map.int()
     if isinstance(choice, Few):
         return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    if isinstance(choice, Pairs):
+        return pairs.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Prefill):
         return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
     if isinstance(choice, Stream):

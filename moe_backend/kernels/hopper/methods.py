@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.kernels.cuda import build
-from moe_backend.kernels.hopper import flow, once, prefill, stream, tiles, wide
+from moe_backend.kernels.hopper import flow, once, pairs, prefill, stream, tiles, wide
 from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
@@ -23,6 +23,7 @@ from moe_backend.kernels.hopper.tiles import (
     Few,
     Flow,
     Once,
+    Pairs,
     Prefill,
     Stream,
     Tile,
@@ -164,6 +165,8 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         nearest[Stream] = tiles.stream(max(sizes))
     if layer.format == Nvfp4Weights.name and not isinstance(default, Flow):
         nearest[Flow] = tiles.flow_nvfp4(layer, tokens)
+    if layer.format == Fp8BlockWeights.name and not isinstance(default, Pairs):
+        nearest.setdefault(Pairs, Pairs(tiles.PAIRS_STAGES))
     blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
     if blocks and not isinstance(default, Once):
         nearest[Once] = Once(blocks)  # beyond eight tokens it never is the default
@@ -430,7 +433,7 @@ _FEW = Method(
 )
 
 
-# --- Once and Flow: CUDA C++ ----------------------------------------------------------------------
+# --- Once, Flow and Pairs: CUDA C++ ---------------------------------------------------------------
 
 _ONCE = Method(
     kind=Once,
@@ -477,7 +480,15 @@ _FLOW = Method(
     here=lambda choice: build.missing() is None,
 )
 
+_PAIRS = Method(
+    kind=Pairs,
+    check=lambda layer, tokens, choice: pairs.check(layer, choice),
+    ladders={"stages": (2, 3, tiles.PAIRS_STAGES)},
+    settle=lambda layer, choice: choice,
+    here=lambda choice: build.missing() is None,
+)
+
 METHODS: dict[str, Method] = {
     "tiles": _TILES, "prefill": _PREFILL, "stream": _STREAM, "wide": _WIDE, "few": _FEW,
-    "once": _ONCE, "flow": _FLOW,
+    "once": _ONCE, "flow": _FLOW, "pairs": _PAIRS,
 }  # fmt: skip

@@ -183,7 +183,22 @@ class Flow:
         return (128, 32 * self.groups * self.blocks) if quantised else None
 
 
-Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow
+@dataclass(frozen=True)
+class Pairs:
+    """FP8 with many tokens per expert, by pairs of blocks that share operands (`pairs.py`).
+
+    Attributes:
+        stages: steps of 128 columns that shared memory holds.
+    """
+
+    stages: int
+
+    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
+        """As in `registry.Kernel.activation_groups`."""
+        return 128, 128
+
+
+Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow | Pairs
 
 # Shared memory that a program can have (CUDA C++ Programming Guide, compute capability 9.0).
 # Programs that do not fit beside each other on a multiprocessor run in turns: slow at most.
@@ -217,17 +232,19 @@ ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 ONCE_BYTES = 400e6
 # Where weights flow: tokens of a tile by slots per expert, and for FP8 slots from which tiles of up
 # to 64 tokens have 384 rows of weights and not 256; intermediate sizes of FP8 shards that flow
-# beyond, and up to how many slots, since every block of the routing looks through all. Measured
-# from 0.4 to 228.
+# beyond, and up to how many slots of a call. Measured from 0.4 to 228, and sizes of 160, 256, 320
+# and 384.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
 # NVFP4 items of 128 hidden columns, of all experts hit, below which they have 64 instead: one and a
 # half for each of an H200's multiprocessors. Measured at 96 and 160, and far above.
 FLOW_ITEMS = 200
-FLOW_NARROW = 256
+FLOW_NARROW = 384
 FLOW_MOST_SLOTS = 1 << 17
-# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows.
+# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows; and steps that
+# shared memory holds where pairs of blocks share what they read.
 MANY, MANY_NARROW = 14, 20
+PAIRS_STAGES = 4
 WIDE = 24  # and for NVFP4
 # NVFP4 weights streamed: from as many tiles as an H200 works on at once to so many slots per
 # expert, with tiles of so many tokens. Measured from 0.2 to 28 slots.
@@ -256,8 +273,19 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
         return Once(1)
     if flowing is not None:
         return flowing
+    paired = _paired(layer, tokens)
+    if paired is not None:
+        return paired
     streamed = _streamed(layer, tokens)
     return tiles(layer, tokens) if streamed is None else stream(streamed)
+
+
+def _paired(layer: LayerConfig, tokens: int) -> Pairs | None:
+    """Where pairs of blocks share what they read."""
+    choice = Pairs(PAIRS_STAGES)
+    many = tokens * layer.top_k >= MANY * layer.num_experts
+    fits = all(holds for holds, _ in pairs_needs(layer, choice))
+    return choice if many and fits and build.missing() is None else None
 
 
 def _once(layer: LayerConfig, tokens: int) -> bool:
@@ -403,6 +431,24 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
         *needs,
         (h % 64 == 0 and i % 16 == 0, "a hidden size in 64s, an intermediate size in 16s"),
         (n13 % 32 == 0 and n2 % 64 == 0, "one scale for 32 rows of w13 and for 64 of w2"),
+        (all(k % 128 == 0 or k in (32, 64) for k in (k13, k2)), "scales for 32 columns or more"),
+    ]
+
+
+def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
+    """The same for `pairs.py`."""
+    if layer.format != Fp8BlockWeights.name:
+        return [(False, "FP8")]
+    assert layer.w13_block is not None
+    assert layer.w2_block is not None
+    (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
+    sizes = layer.hidden_size, layer.intermediate_size
+    fits = 2 <= choice.stages <= PAIRS_STAGES
+    return [
+        (fits, f"2 to {PAIRS_STAGES} stages, which fit into shared memory"),
+        (all(size % 16 == 0 for size in sizes), "hidden and intermediate sizes in 16s"),
+        (n13 % 64 == 0 or n13 == 32, "scales of w13 for 32 rows, or multiples of 64"),
+        (n2 % 128 == 0 or n2 in (32, 64), "scales of w2 for 32 or 64 rows, or multiples of 128"),
         (all(k % 128 == 0 or k in (32, 64) for k in (k13, k2)), "scales for 32 columns or more"),
     ]
 

@@ -82,13 +82,14 @@ DEVICE int cluster_rank() {
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// An arrival at the barrier of the same place in the shared memory of block `rank`, which may be this one. It comes
-// with a fence for the whole GPU (MEMBAR.ALL.GPU): better one thread for many than each for itself.
+// An arrival at the barrier of the same place in the shared memory of block `rank`, which may be this one. With
+// .release.cluster it would come with a fence for the whole GPU; what is released here was read, and has been, so it
+// needs none (as CUTLASS has it, include/cutlass/arch/barrier.h, ClusterBarrier::arrive).
 DEVICE void barrier_arrive_at(u64* barrier, int rank) {
     asm volatile(
         "{\n.reg .u32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(rank)
         : "memory");
 }
@@ -189,9 +190,20 @@ DEVICE int add_release(int* p, int value) {
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
     return before;
 }
-DEVICE int add_relaxed(int* p, int value) {
+// Returns what was there, and leaves one more; by lane 0 of a warp. Where all lanes have the same address, the assembler
+// makes one addition for those that come and hands its answer out at once: a lane that only wants it later would wait
+// for it right there, as long as for memory. So the address is one that it knows to differ.
+DEVICE int take_ticket(int* p) {
     int before;
-    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+    asm volatile(
+        "{\n.reg .u32 lane;\n.reg .u64 there;\n"
+        "mov.u32 lane, %%laneid;\n"
+        "cvt.u64.u32 there, lane;\n"
+        "add.u64 there, there, %1;\n"
+        "atom.relaxed.gpu.global.add.s32 %0, [there], 1;\n}"
+        : "=r"(before)
+        : "l"(p)
+        : "memory");
     return before;
 }
 // A whole number in shared memory.
@@ -228,6 +240,12 @@ DEVICE u32 multiply_bf16(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
+}
+// Within one unit in the last place (PTX ISA, rcp.approx), and 0 beyond 2**126; a division takes five times as long.
+DEVICE float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
@@ -272,7 +290,7 @@ DEVICE float unit_of_codes(float amax) { return amax > 0.0f ? amax / E4M3_MAX : 
 
 enum { SILU = 0, SWIGLUSTEP = 1, CLAMPED_SILU = 2, SWIGLUOAI = 3 };
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+DEVICE float sigmoid(float x) { return reciprocal(1.0f + __expf(-x)); }
 
 template <int KIND> DEVICE float activate(float gate, float up, float limit, float alpha, float beta) {
     if (KIND == CLAMPED_SILU || KIND == SWIGLUOAI) gate = fminf(gate, limit);

@@ -138,7 +138,7 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
     // The same for all lanes, which the compiler is to know.
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     const bool claims = threadIdx.x == 32 * (CONSUMER_WARPS + 1);
-    const int claimed = claims ? add_relaxed(layer.ticket, 1) : 0;  // is there when the list is
+    const int claimed = claims ? take_ticket(layer.ticket) : 0;  // is there when the list is
     const int count = read_list(layer, shared);
     if (warp >= CONSUMER_WARPS) {
         leave_registers<COPY_REGISTERS>();

@@ -95,6 +95,6 @@ DEVICE void claim(const Layer& layer, Shared& shared, int count, int claimed) {
         if (item.parts == 0) return;
         const int before = layer.steps(item.gated) > 2 ? n : n - 1;
         if (before >= 0) barrier_wait(&shared.taken[before % QUEUE], before / QUEUE & 1);
-        if (lane == 0) claimed = add_relaxed(layer.ticket, 1);
+        if (lane == 0) claimed = take_ticket(layer.ticket);
     }
 }

@@ -124,13 +124,13 @@ DEVICE void bring_all_rows(const Shared& s, const Problem& p, Turn& turn, int hi
 }
 
 DEVICE void lead(const Shared& s, const Problem& p, const Producer& me) {
-    int claimed = me.lane == 0 ? add_relaxed(p.ticket, 1) : 0;  // is there when routing is done
+    int claimed = me.lane == 0 ? take_ticket(p.ticket) : 0;  // is there when routing is done
     int hits = route(s, p, me.lane), units = hits * UNITS;
     Turn turn;
     while (true) {
         int unit = __shfl_sync(0xFFFFFFFF, claimed, 0);
         if (unit >= units) break;
-        if (me.lane == 0) claimed = add_relaxed(p.ticket, 1);
+        if (me.lane == 0) claimed = take_ticket(p.ticket);
         bring_unit(s, p, turn, unit, me);
     }
     bring_all_rows(s, p, turn, hits, me);

@@ -7,13 +7,20 @@
 // e4m3, or keeps them in bf16 with columns in the order of the NVFP4 decoder; tokens without a local expert are left
 // out.
 //
+// With many slots (CHUNKS) a launch before it has counted those of each CHUNKS-th part of the tokens, and a block
+// adds those up; it looks through the slots of its own part alone. A token goes to the positions of all its slots
+// then (SORTED), so that the accelerator can bring it.
+//
 // Nothing depends on the order in which threads run: what they add together are whole numbers.
 //
 // Compile-time constants: EXPERTS (local), NUM_IDS (ids from there on are left out, as -1 is), TOP_K, HAS_MAP,
-// IDS64, WEIGHT_ON_INPUT (with TOP_K 1), QUANTISED.
+// IDS64, WEIGHT_ON_INPUT (with TOP_K 1), QUANTISED, CHUNKS (0: none), SORTED, PIECES (of 256 columns, which a warp
+// has on their way).
 #include "warps.cuh"
 
 constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr int PART = 256 * PIECES;        // columns of a token that a warp brings at once
 constexpr int TOGETHER = 8;               // ids of a thread that are on their way at once
 constexpr int ROUND = THREADS / TOP_K;    // tokens that get positions together
 constexpr int EACH = (EXPERTS + THREADS - 1) / THREADS;  // experts of a thread
@@ -22,8 +29,8 @@ static_assert(TOP_K <= THREADS, "a token's slots in a round");
 struct Shared {
     int total[EXPERTS], before[EXPERTS], start[EXPERTS];
     int position[ROUND * TOP_K];
-    int warp_sums[THREADS / 32];
-    alignas(16) u32 ordered[QUANTISED ? 1 : THREADS / 32][128];  // a warp's 256 columns
+    int warp_sums[WARPS];
+    alignas(16) u32 ordered[QUANTISED ? 1 : WARPS][128];  // a warp's 256 columns
 };
 
 struct Call {
@@ -53,26 +60,55 @@ DEVICE int sum_before(Shared& shared, int value) {
     return sum;
 }
 
-// Slots of each expert, and those before `own`; and each expert's first position.
-DEVICE void count_slots(const Call& call, Shared& shared, int own) {
-    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) shared.total[e] = shared.before[e] = 0;
-    __syncthreads();
-    for (int first = threadIdx.x; first < call.slots; first += TOGETHER * THREADS) {
+// Calls `add` with the expert of each slot from `begin` to `end` that has one, and the slot.
+template <class Add> DEVICE void look_through(const Call& call, int begin, int end, Add add) {
+    for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += TOGETHER * THREADS) {
         long long ids[TOGETHER];
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int slot = first + i * THREADS;
-            ids[i] = slot < call.slots ? call.id(slot) : -1;
+            ids[i] = slot < end ? call.id(slot) : -1;
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int expert = call.expert(ids[i]);
-            if (expert < 0) continue;
-            add_shared(&shared.total[expert], 1);
-            if (first + i * THREADS < own) add_shared(&shared.before[expert], 1);
+            if (expert >= 0) add(expert, first + i * THREADS);
         }
     }
+}
+
+// Slots of each expert, and those before `own`, by looking through all.
+DEVICE void count_all(const Call& call, Shared& shared, int own) {
+    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) shared.total[e] = shared.before[e] = 0;
     __syncthreads();
+    look_through(call, 0, call.slots, [&](int expert, int slot) {
+        add_shared(&shared.total[expert], 1);
+        if (slot < own) add_shared(&shared.before[expert], 1);
+    });
+    __syncthreads();
+}
+
+// The same from counts of chunks, `[CHUNKS, EXPERTS]`, of `each` slots.
+DEVICE void count_chunks(const Call& call, Shared& shared, const int* counts, int each, int own) {
+    const int chunk = own / each;
+    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
+        int total = 0, before = 0;
+#pragma unroll 16
+        for (int c = 0; c < CHUNKS; c++) {
+            const int count = counts[c * EXPERTS + e];
+            total += count;
+            if (c < chunk) before += count;
+        }
+        shared.total[e] = total;
+        shared.before[e] = before;
+    }
+    __syncthreads();
+    look_through(call, chunk * each, own, [&](int expert, int) { add_shared(&shared.before[expert], 1); });
+    __syncthreads();
+}
+
+// Each expert's first position.
+DEVICE void start_experts(Shared& shared) {
     int padded = 0;
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
@@ -136,8 +172,42 @@ struct Piece {
     }
 };
 
+// A warp's part of a token: of each 256 columns a lane has eight.
+struct Part {
+    Piece pieces[PIECES];
+
+    DEVICE void load(const u16* x, long long token, int part, int lane, int H) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) pieces[i].load(x, token, part * PART + 256 * i + 8 * lane, H);
+    }
+};
+
+// Whether one of a round's tokens has a local expert, for a warp.
+DEVICE bool is_local(const Shared& shared, int token, int lane) {
+    bool local = false;
+    for (int k = lane; k < TOP_K; k += 32) local = local || shared.position[token * TOP_K + k] >= 0;
+    return __ballot_sync(ALL, local) != 0;
+}
+
+// Where a token goes: to its own row, or to those of its slots; and rows that there are.
+struct Rows {
+    int token, rows;
+    const int* positions;
+
+    template <class Store> DEVICE void each(Store store) const {
+        if constexpr (SORTED) {
+#pragma unroll
+            for (int k = 0; k < TOP_K; k++) {
+                if (positions[k] >= 0) store(static_cast<long long>(positions[k]));
+            }
+        } else {
+            store(static_cast<long long>(token));
+        }
+    }
+};
+
 // A thread's eight columns as codes, with the scale that they share with those of 15 more threads.
-DEVICE void quantise(const Piece& piece, float weight, long long token, int column, int H, int tokens, u8* operand,
+DEVICE void quantise(const Piece& piece, float weight, const Rows& to, int column, int H, u8* operand,
                      float* operand_scale) {
     const u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
     float values[8], amax = 0.0f;
@@ -154,16 +224,18 @@ DEVICE void quantise(const Piece& piece, float weight, long long token, int colu
     const float factor = codes_per_unit(amax);
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] *= factor;
-    *reinterpret_cast<uint2*>(operand + token * H + column) = {to_fp8(values[0], values[1], values[2], values[3]),
-                                                               to_fp8(values[4], values[5], values[6], values[7])};
-    if (column % 128 == 0) {
-        operand_scale[static_cast<long long>(column / 128) * tokens + token] = unit_of_codes(amax);
-    }
+    const uint2 codes = {to_fp8(values[0], values[1], values[2], values[3]),
+                         to_fp8(values[4], values[5], values[6], values[7])};
+    to.each([&](long long row) {
+        *reinterpret_cast<uint2*>(operand + row * H + column) = codes;
+        if (column % 128 == 0) operand_scale[static_cast<long long>(column / 128) * to.rows + row] = unit_of_codes(amax);
+    });
 }
 
 // A warp's 256 columns in the order in which the decoder of NVFP4 yields codes: of a thread's eight, neighbours in
 // one of four times 64, the even ones come before all odd ones.
-DEVICE void reorder(const Piece& piece, float weight, u32* ordered, long long token, int column, int H, u8* operand) {
+DEVICE void reorder(const Piece& piece, float weight, u32* ordered, const Rows& to_rows, int column, int H,
+                    u8* operand) {
     u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
     if (WEIGHT_ON_INPUT) {
 #pragma unroll
@@ -178,26 +250,37 @@ DEVICE void reorder(const Piece& piece, float weight, u32* ordered, long long to
     }
     __syncwarp();
     const uint4 bits = *reinterpret_cast<const uint4*>(ordered + 4 * lane);
-    if (column < H) *reinterpret_cast<uint4*>(operand + (token * H + column) * 2) = bits;
+    if (column < H) {
+        to_rows.each([&](long long row) { *reinterpret_cast<uint4*>(operand + (row * H + column) * 2) = bits; });
+    }
     __syncwarp();
 }
 
-// A thread's eight columns of a token as the GEMMs want them.
-DEVICE void prepare(Shared& shared, const Piece& piece, float weight, long long token, int column, int H, int tokens,
-                    u8* operand, float* operand_scale) {
-    if (QUANTISED) quantise(piece, weight, token, column, H, tokens, operand, operand_scale);
-    else reorder(piece, weight, shared.ordered[threadIdx.x / 32], token, column, H, operand);
+// Slots of each expert in each chunk of `each` slots: `[CHUNKS, EXPERTS]`, a block for a chunk.
+KERNEL void __launch_bounds__(THREADS, 2) count(const void* ids, const int* expert_map, int* counts, int slots, int each) {
+    SHARED_MEMORY(memory);
+    int* found = reinterpret_cast<int*>(memory);
+    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) found[e] = 0;
+    __syncthreads();
+    wait_for_launches();
+    let_next_start();
+    const int begin = min(static_cast<int>(blockIdx.x) * each, slots);
+    const Call call = {ids, expert_map, slots};
+    look_through(call, begin, min(begin + each, slots), [&](int expert, int) { add_shared(&found[expert], 1); });
+    __syncthreads();
+    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) counts[blockIdx.x * EXPERTS + e] = found[e];
 }
 
 // x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if not QUANTISED; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
 // topk_weights: `[tokens, 1]` if WEIGHT_ON_INPUT.
-// operand: `[tokens, H]`, e4m3 with operand_scale, `[H / 128, tokens]`, or bf16.
+// counts: of `count`, if CHUNKS, with chunks of so many slots, a multiple of a block's.
+// operand: `[rows, H]`, e4m3 with operand_scale, `[H / 128, rows]`, or bf16: rows are tokens, or if SORTED positions.
 // position: `[tokens, TOP_K]`, -1 for slots that are left out; token_of: `[positions]`.
 // counters: so many zeros for the launch to come.
 KERNEL void __launch_bounds__(THREADS, 2) route(
     const u16* x, const void* ids, const int* expert_map, const float* topk_weights, u8* operand,
-    float* operand_scale, int* position, int* token_of, int* list, int* counters, int num_counters, int tokens,
-    int each, int H) {
+    float* operand_scale, int* position, int* token_of, int* list, int* counters, const int* counts, int num_counters,
+    int tokens, int rows, int each, int each_chunk, int H) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     wait_for_launches();
@@ -206,33 +289,42 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
     const int blocks = gridDim.x - 1, block = blockIdx.x;
     if (block == blocks) {
         for (int i = threadIdx.x; i < num_counters; i += THREADS) counters[i] = 0;
-        count_slots(call, shared, 0);
+        if (CHUNKS) count_chunks(call, shared, counts, each_chunk, 0);
+        else count_all(call, shared, 0);
+        start_experts(shared);
         list_experts(shared, list);
         return;
     }
-    const int begin = block * each, end = min(begin + each, tokens), column = 8 * static_cast<int>(threadIdx.x);
-    Piece next;
-    next.load(x, begin, column, H);  // on its way while slots are counted
-    count_slots(call, shared, begin * TOP_K);
+    const int begin = block * each, end = min(begin + each, tokens);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = (H + PART - 1) / PART;
+    Part next;
+    next.load(x, min(begin + warp / parts, end - 1), warp % parts, lane, H);  // on its way while slots are counted
+    if (CHUNKS) count_chunks(call, shared, counts, each_chunk, begin * TOP_K);
+    else count_all(call, shared, begin * TOP_K);
+    start_experts(shared);
     for (int first = begin; first < end; first += ROUND) {
-        const int count = min(ROUND, end - first) * TOP_K, slot = first * TOP_K + static_cast<int>(threadIdx.x);
-        if (threadIdx.x < count) shared.position[threadIdx.x] = call.expert(call.id(slot));
+        const int round = min(ROUND, end - first), slot = first * TOP_K + static_cast<int>(threadIdx.x);
+        if (threadIdx.x < round * TOP_K) shared.position[threadIdx.x] = call.expert(call.id(slot));
         __syncthreads();
-        if (threadIdx.x < 32) place_slots(call, shared, first * TOP_K, count, position, token_of);
+        if (threadIdx.x < 32) place_slots(call, shared, first * TOP_K, round * TOP_K, position, token_of);
         __syncthreads();
-        for (int token = first; token < min(first + ROUND, end); token++) {
-            const Piece piece = next;
-            if (token + 1 < end) next.load(x, token + 1, column, H);
-            const int* positions = shared.position + (token - first) * TOP_K;
-            bool local = false;
-            for (int k = 0; k < TOP_K; k++) local = local || positions[k] >= 0;
-            if (!local) continue;
+        // A warp takes parts of tokens; those without a local expert are not read.
+        if (first != begin) next.load(x, min(first + warp / parts, end - 1), warp % parts, lane, H);
+        for (int job = warp; job < round * parts; job += WARPS) {
+            const Part part = next;
+            const int inside = job / parts, after = (job + WARPS) / parts;
+            if (after < round && is_local(shared, after, lane)) {
+                next.load(x, first + after, (job + WARPS) % parts, lane, H);
+            }
+            if (!is_local(shared, inside, lane)) continue;
+            const int token = first + inside;
             const float weight = WEIGHT_ON_INPUT ? topk_weights[token] : 1.0f;
-            prepare(shared, piece, weight, token, column, H, tokens, operand, operand_scale);
-            for (int c = column + 8 * THREADS; c - column < H; c += 8 * THREADS) {
-                Piece more;
-                more.load(x, token, c, H);
-                prepare(shared, more, weight, token, c, H, tokens, operand, operand_scale);
+            const Rows to = {token, rows, shared.position + inside * TOP_K};
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                const int column = job % parts * PART + 256 * i + 8 * lane;
+                if (QUANTISED) quantise(part.pieces[i], weight, to, column, H, operand, operand_scale);
+                else reorder(part.pieces[i], weight, shared.ordered[warp], to, column, H, operand);
             }
         }
         __syncthreads();

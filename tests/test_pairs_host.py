@@ -1,0 +1,160 @@
+"""FP8's GEMMs for many tokens (`pairs.cu`) on a CPU: their tiles, pairs, scales and activations."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cuda_host import driver
+
+from moe_backend.activation import Activation
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+SOURCE = driver.KERNELS / "pairs.cu"
+E4M3 = torch.float8_e4m3fn
+POISON = 0x7F  # NaN
+SHARED_BYTES = 227 * 1024
+GROUP = 128
+KINDS = ("silu", "swiglustep", "clamped_silu", "swigluoai_uninterleave")
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: tuple[int, ...]  # of each expert
+    n: int
+    k: int
+    block: tuple[int, int]
+    gated: bool = True
+    kind: int = 1
+    grid: int = 4
+    stages: int = 3
+
+
+CASES = {
+    "one token": Case((0, 1, 0), 128, 256, (128, 128)),
+    "one block of rows": Case((70, 3), 64, 192, (32, 128)),
+    "tiles in pairs": Case((129, 0, 200), 256, 128, (128, 128), kind=2),
+    "pairs and one": Case((300, 65), 320, 256, (64, 128), kind=3),
+    "halves filled": Case((64, 40, 192), 160, 144, (32, 64), kind=0, grid=2),
+    "outputs": Case((129, 17, 0, 64), 512, 320, (128, 128), gated=False),
+    "odd outputs": Case((100, 5), 264, 160, (64, 32), gated=False),
+    "shard": Case((140, 90), 768, 320, (128, 64), gated=False, stages=4),
+    "half a block left": Case((200, 129, 50), 192, 128, (64, 128), grid=2),
+    "half a block of outputs": Case((30, 250), 384, 128, (128, 128), gated=False),
+}
+
+
+class Problem:
+    """A case's tensors, its launch, and what torch makes of them."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        e, (n, k), pair = len(case.tokens), (case.n, case.k), 2 if case.gated else 1
+        entries, first = [], 0
+        for expert, count in enumerate(case.tokens):
+            if count:
+                entries += [expert, first, first + count]
+            first += cdiv(count, 4) * 4
+        self.positions = first
+        self.list = torch.tensor([len(entries) // 3, *entries], dtype=torch.int32)
+        self.weights = (torch.randn(e * pair, n, k) * 2).to(E4M3)
+        self.scale = (
+            torch.rand(e * pair, cdiv(n, case.block[0]), cdiv(k, case.block[1])) * 0.1 + 0.01
+        )
+        for column in range(1, self.scale.shape[2]):  # some neighbours have the same
+            same = torch.rand(self.scale.shape[:2]) < 0.6
+            self.scale[..., column][same] = self.scale[..., column - 1][same]
+        self.tokens = (torch.randn(first, k) * 2).to(E4M3)
+        self.token_scale = torch.rand(cdiv(k, 128), first) * 0.1 + 0.01
+        routed = torch.zeros(first, dtype=torch.bool)
+        for _, begin, end in self.ranges():
+            routed[begin:end] = True
+        self.routed = routed
+        self.tokens.view(torch.uint8)[~routed] = POISON  # what lies between experts
+        self.token_scale[:, ~routed] = float("nan")
+
+    def ranges(self) -> list[tuple[int, int, int]]:
+        return [(row[0], row[1], row[2]) for row in self.list[1:].view(-1, 3).tolist()]
+
+    def run(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the kernel writes: hidden codes and their scales, or outputs."""
+        case, p, (n, k) = self.case, self.positions, (self.case.n, self.case.k)
+        defines = {
+            "GATED": int(case.gated), "STAGES": case.stages, "EXPERTS": len(case.tokens),
+            "ACTIVATION": case.kind, "SCALE_N": case.block[0], "SCALE_K": case.block[1],
+            "SHARED_BYTES": SHARED_BYTES,
+        }  # fmt: skip
+        kind = torch.uint8 if case.gated else torch.bfloat16
+        out = torch.full((p, n), POISON if case.gated else -1, dtype=kind)
+        out_scale = torch.full((cdiv(n, GROUP), p), float("nan"))
+        scales = torch.cat([self.token_scale.flatten(), torch.full((128,), float("nan"))])
+        tokens = driver.tensor_map(self.tokens.view(torch.uint8), [k, p], [k], [128, 64], 128)
+        weights = driver.tensor_map(
+            self.weights.view(torch.uint8), [k, n, len(self.weights)], [k, n * k], [128, 64, 1], 128
+        )  # fmt: skip
+        driver.launch(
+            driver.compile(SOURCE, defines), "pairs", case.grid, 384, SHARED_BYTES,
+            [tokens, weights, scales, self.scale, self.list, out, out_scale,
+             7.0 if case.kind else 0.0, 1.702, 1.0, n, k, p, *self.scale.shape[1:]],
+            seed, cluster=2,
+        )  # fmt: skip
+        return out, out_scale
+
+    def product(self, matrix: int, begin: int, end: int) -> torch.Tensor:
+        """Tokens of some positions with a matrix of weights."""
+        (n, k), block = (self.case.n, self.case.k), self.case.block
+        scale = self.token_scale[:, begin:end].T.repeat_interleave(128, 1)[:, :k].double()
+        spread = self.scale[matrix].repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        weights = self.weights[matrix].double() * spread[:n, :k]
+        return (self.tokens[begin:end].double() * scale) @ weights.T
+
+    def check(self, out: torch.Tensor, out_scale: torch.Tensor) -> None:
+        case = self.case
+        activation = Activation.from_name(KINDS[case.kind], limit=7.0 if case.kind else None)
+        for expert, begin, end in self.ranges():
+            if not case.gated:
+                wanted = self.product(expert, begin, end)
+                tolerance = float(wanted.abs().max()) * 1e-5
+                torch.testing.assert_close(
+                    out[begin:end].double(), wanted, rtol=2**-8, atol=tolerance
+                )
+                continue
+            gate, up = (self.product(2 * expert + i, begin, end) for i in range(2))
+            wanted = activation(gate, up).double()
+            padded = torch.nn.functional.pad(wanted, (0, -case.n % GROUP))
+            amax = padded.view(end - begin, -1, GROUP).abs().amax(2)
+            scale = out_scale[:, begin:end].T
+            torch.testing.assert_close(scale, (amax / 448).float(), rtol=1e-4, atol=0)
+            scales = scale.repeat_interleave(GROUP, 1)[:, : case.n].double()
+            codes = out[begin:end].view(E4M3)
+            same = (wanted / scales).to(E4M3).float() == codes.float()
+            assert same.double().mean() > 0.99
+            torch.testing.assert_close(
+                codes.double() * scales, wanted, rtol=0.07, atol=float(amax.max()) / 2**14
+            )
+        assert (out[~self.routed] == (POISON if case.gated else -1)).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results(name: str) -> None:
+    problem = Problem(CASES[name])
+    first = problem.run(seed=1)
+    problem.check(*first)
+    again = problem.run(seed=2)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_nothing_routed() -> None:
+    problem = Problem(CASES["one token"])
+    problem.list[0] = 0
+    out, _ = problem.run(seed=0)
+    assert (out == POISON).all()
