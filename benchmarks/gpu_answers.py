@@ -3,7 +3,7 @@
     python benchmarks/gpu_answers.py [--tp 1|2] [--json FILE] [--logs DIR]
 
 Every run asks the same held-out prompts greedily, with our backend. With `--tp 1`: bf16, FP8 blocks
-and NVFP4 (kept packed, also with wider experts), eager and with CUDA graphs. With `--tp 2`: the
+and NVFP4 (kept packed), these two also with wider experts, eager and with CUDA graphs. With `--tp 2`: the
 same formats eager on one GPU, to compare with, and on two GPUs with CUDA graphs, tensor parallel
 and with experts spread.
 All runs share the GPUs and go on at once: the model is small, and starting vLLM takes most of the
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     import torch
 
 ENOUGH = 0.97  # of the prompts
-# The last one has hidden states of 256 columns instead of 128, and experts of 512 instead of 384,
-# which compute the same: sizes that NVFP4's methods take.
+# These have hidden states of 256 columns instead of 128, and experts of 512 instead of 384, which
+# compute the same: sizes that NVFP4's methods take, and FP8's `Pairs`.
 WIDE = "-wide"
-FORMATS = ("bf16", "fp8-block", "nvfp4-modelopt", f"nvfp4-modelopt{WIDE}")
+FORMATS = ("bf16", "fp8-block", f"fp8-block{WIDE}", "nvfp4-modelopt", f"nvfp4-modelopt{WIDE}")
 APART_S = 1.5  # between starts, which look for free ports
 # The size is given, so that vLLM does not measure free memory that others are just taking.
 ENGINE = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
