@@ -3,9 +3,9 @@
     python benchmarks/gpu_answers.py [--tp 1|2] [--json FILE] [--logs DIR]
 
 Every run asks the same held-out prompts greedily, with our backend. With `--tp 1`: bf16, FP8 blocks
-and NVFP4 (kept packed), these two also with wider experts, eager and with CUDA graphs. With `--tp 2`: the
-same formats eager on one GPU, to compare with, and on two GPUs with CUDA graphs, tensor parallel
-and with experts spread.
+and NVFP4 (kept packed), these two also with wider experts, eager and with CUDA graphs. With
+`--tp 2`: the same formats eager on one GPU, to compare with, and on two GPUs with CUDA graphs,
+tensor parallel and with experts spread.
 All runs share the GPUs and go on at once: the model is small, and starting vLLM takes most of the
 time.
 

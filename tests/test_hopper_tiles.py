@@ -17,6 +17,7 @@ from moe_backend.kernels.hopper.tiles import (
     FEW_TOKENS_NARROW,
     Flow,
     Once,
+    Pairs,
     Prefill,
     Tile,
     Wide,
@@ -59,7 +60,39 @@ def test_every_choice_is_sound(intermediate, missing, monkeypatch):
         chosen = choose(one, tokens)
         if chosen not in (made, few(one, tokens)):
             methods.check(one, tokens, chosen)
-        assert missing is None or not isinstance(chosen, Once | Flow)
+        assert missing is None or not isinstance(chosen, Once | Flow | Pairs)
+
+
+PAIRS = layer("fp8_block", 1280, (GRID, GRID))
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (layer("nvfp4", 1280), "FP8"),
+        (replace(PAIRS, hidden_size=4104), "sizes in 16s"),
+        (replace(PAIRS, intermediate_size=1288), "sizes in 16s"),
+        (replace(PAIRS, w13_block=(96, 128)), "w13"),
+        (replace(PAIRS, w2_block=(192, 128)), "w2"),
+        (replace(PAIRS, w2_block=(128, 16)), "columns"),
+        (replace(PAIRS, num_experts=600, num_local_experts=600, top_k=513), "512 slots"),
+    ],
+    ids=str,
+)
+def test_pairs_refuse_what_they_are_not_written_for(refused, said, monkeypatch):
+    monkeypatch.setattr(cuda_build, "missing", lambda: None)
+    methods.check(PAIRS, 4096, Pairs(4))
+    with pytest.raises(ValueError, match=said):
+        methods.check(refused, 4096, Pairs(4))
+    assert not isinstance(choose(refused, 16384), Pairs)
+
+
+def test_pairs_are_for_where_they_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(cuda_build, "missing", lambda: None)
+    assert methods.sound(PAIRS, 4096, Pairs(4))
+    assert not methods.sound(PAIRS, 4096, Pairs(5))
+    monkeypatch.setattr(cuda_build, "missing", lambda: "no compiler")
+    assert not methods.sound(PAIRS, 4096, Pairs(4))
 
 
 def test_tiles_are_wide_where_there_are_many():

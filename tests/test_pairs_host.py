@@ -153,6 +153,21 @@ def test_results(name: str) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def test_more_experts_than_threads() -> None:
+    """The list of those that were hit is read in rounds, by several warps."""
+    torch.manual_seed(1)
+    tokens = tuple(int(n) for n in torch.randint(0, 3, (600,)))
+    problem = Problem(Case(tokens, 16, 32, (32, 128)))
+    problem.check(*problem.run(seed=1))
+
+
+@pytest.mark.parametrize("seed", [3, 56])
+def test_blocks_of_a_pair_begin_together(seed: int) -> None:
+    """With these seeds one uses the other's barriers before they are there, if it does not wait."""
+    problem = Problem(Case((0, 1, 0), 64, 128, (128, 128)))
+    problem.check(*problem.run(seed))
+
+
 def test_nothing_routed() -> None:
     problem = Problem(CASES["one token"])
     problem.list[0] = 0

@@ -77,12 +77,21 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "w13_block": (32, 32), "w2_
         (KERNELS[0], {"top_k": 1, **SMALL}, 9000),
         (KERNELS[0], {"top_k": 6, **SMALL}, 9000),
         (KERNELS[0], {"top_k": 8, **SMALL}, 9000),
+        (KERNELS[0], {"top_k": 8, **SMALL}, 2048),
         (KERNELS[1], {"top_k": 6, **SMALL}, 9000),
         # With sorted tokens: their chunks are counted, too.
         (KERNELS[0], {"top_k": 2}, 4100),
         (KERNELS[0], {"name": "nvfp4", "intermediate_size": 256}, 4100),
     ],
-    ids=["hopper-1", "hopper-6", "hopper-8", "triton-6", "hopper-sorted", "hopper-nvfp4-sorted"],
+    ids=[
+        "hopper-1",
+        "hopper-6",
+        "hopper-8",
+        "hopper-2048",
+        "triton-6",
+        "hopper-sorted",
+        "hopper-nvfp4-sorted",
+    ],
 )
 def test_candidates_need_every_variant_there_is(counts, kernel, changes, most):
     """Brute force over all token counts; those of the candidates are a subset by construction."""

@@ -200,6 +200,7 @@ class Pairs:
 
 Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow | Pairs
 
+MOST_TOP_K = 512  # slots of a token that the routing of `Flow` and `Pairs` places at once
 # Shared memory that a program can have (CUDA C++ Programming Guide, compute capability 9.0).
 # Programs that do not fit beside each other on a multiprocessor run in turns: slow at most.
 SHARED_BYTES = 227 * 1024
@@ -416,6 +417,7 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
         (tokens in (8, 16, 32, 64, 96, 128), "tiles of 8, 16, 32, 64, 96 or 128 tokens"),
         (choice.groups in (2, 3, 4) and choice.blocks in (1, 2, 3), "2 to 4 groups, 1 to 3 blocks"),
         (tokens * choice.blocks <= {2: 256, 3: 128, 4: 64}.get(choice.groups, 0), "fewer sums"),
+        (layer.top_k <= MOST_TOP_K, f"at most {MOST_TOP_K} slots of a token"),
     ]
     if layer.format == Nvfp4Weights.name:
         return [
@@ -446,6 +448,7 @@ def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
     fits = 2 <= choice.stages <= PAIRS_STAGES
     return [
         (fits, f"2 to {PAIRS_STAGES} stages, which fit into shared memory"),
+        (layer.top_k <= MOST_TOP_K, f"at most {MOST_TOP_K} slots of a token"),
         (all(size % 16 == 0 for size in sizes), "hidden and intermediate sizes in 16s"),
         (n13 % 64 == 0 or n13 == 32, "scales of w13 for 32 rows, or multiples of 64"),
         (n2 % 128 == 0 or n2 in (32, 64), "scales of w2 for 32 or 64 rows, or multiples of 128"),

@@ -139,7 +139,8 @@ KERNEL void __launch_bounds__(THREADS, 1) flow(
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     const bool claims = threadIdx.x == 32 * (CONSUMER_WARPS + 1);
     const int claimed = claims ? take_ticket(layer.ticket) : 0;  // is there when the list is
-    const int count = read_list(layer, shared);
+    const int count = read_list<THREADS>(list, shared.hits, shared.warp_totals,
+                                         [](int tokens) { return ceil_div(tokens, MOST); });
     if (warp >= CONSUMER_WARPS) {
         leave_registers<COPY_REGISTERS>();
         if (warp == CONSUMER_WARPS) copy(layer, shared);

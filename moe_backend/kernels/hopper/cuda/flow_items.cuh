@@ -3,57 +3,17 @@
 
 #include "flow_shared.cuh"
 
-// All threads: the list to shared memory, with sums of tiles. How many experts it has.
-DEVICE int read_list(const Layer& layer, Shared& shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int count = layer.list[0];
-    int before = 0;
-    for (int first = 0; first < count; first += THREADS) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        Hit hit = {0, 0, 0, 0};
-        if (i < count) {
-            const int* entry = layer.list + 1 + 3 * i;
-            hit = {entry[0], entry[1], entry[2], 0};
-        }
-        const int tiles = ceil_div(hit.end - hit.start, MOST);
-        const int up_to = sum_up_to(tiles, lane);
-        if (lane == 31) shared.warp_totals[warp] = up_to;
-        __syncthreads();
-        hit.tiles_before = before + up_to - tiles;
-        for (int w = 0; w < THREADS / 32; w++) {
-            if (w < warp) hit.tiles_before += shared.warp_totals[w];
-            before += shared.warp_totals[w];
-        }
-        if (i < count) shared.hits[i] = hit;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) shared.hits[count] = {0, 0, 0, before};
-    __syncthreads();
-    return count;
-}
-
-// The expert of which tile `tile` of all is.
-DEVICE int find_hit(const Shared& shared, int count, int tile) {
-    int low = 0, high = count;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (shared.hits[middle].tiles_before <= tile) low = middle;
-        else high = middle;
-    }
-    return low;
-}
-
 DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int ticket) {
-    const int tiles = shared.hits[count].tiles_before;
+    const int tiles = shared.hits[count].before;
     Item item = {};
     item.gated = ticket < tiles * layer.blocks13();
     if (!item.gated) ticket -= tiles * layer.blocks13();
     const int blocks = item.gated ? layer.blocks13() : layer.blocks2();
     if (ticket >= tiles * blocks) return item;
-    item.hit = find_hit(shared, count, ticket / blocks);
+    item.hit = find_hit(shared.hits, count, ticket / blocks);
     const Hit hit = shared.hits[item.hit];
-    const int own_tiles = shared.hits[item.hit + 1].tiles_before - hit.tiles_before;
-    const int inside = ticket - hit.tiles_before * blocks;
+    const int own_tiles = shared.hits[item.hit + 1].before - hit.before;
+    const int inside = ticket - hit.before * blocks;
     const int each = 8 * ceil_div(hit.end - hit.start, 8 * own_tiles);
     item.block = inside / own_tiles;
     item.expert = hit.expert;
@@ -66,7 +26,7 @@ DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int t
 
 // Whether an expert's hidden columns are there; or, if it must, waits until they are.
 DEVICE bool hidden_ready(const Layer& layer, const Shared& shared, int hit, bool must) {
-    const int tiles = shared.hits[hit + 1].tiles_before - shared.hits[hit].tiles_before;
+    const int tiles = shared.hits[hit + 1].before - shared.hits[hit].before;
     const int items = tiles * layer.blocks13();
     if (must) wait_until_at_least(layer.ready + hit, items);
     return must || load_acquire(layer.ready + hit) >= items;

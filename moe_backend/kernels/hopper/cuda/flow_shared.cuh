@@ -17,11 +17,6 @@ struct alignas(16) Item {
     DEVICE int columns() const { return ceil_div(tokens, 8) * 8; }
 };
 
-struct alignas(16) Hit {
-    int expert, start, end;
-    int tiles_before;
-};
-
 struct Shared {
     u8 matrices[STAGES][PARTS * PART_BYTES + MOST * TOKEN_BYTES];
     u8 staging[STAGING_BYTES];
@@ -58,22 +53,6 @@ struct Layer {
     DEVICE int blocks2() const { return ceil_div(H, ROWS); }
     DEVICE int depth(bool gated) const { return gated ? H : I; }
     DEVICE int steps(bool gated) const { return ceil_div(depth(gated), STEP); }
-};
-
-// A place in the ring, and the parity of its turn.
-struct Ring {
-    int stage = 0;
-    int phase = 0;
-
-    DEVICE void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-    DEVICE void advance(int steps) {
-        for (int i = 0; i < steps; i++) advance();
-    }
 };
 
 // Number of a consumer's warp group, and of its warp and lane therein.

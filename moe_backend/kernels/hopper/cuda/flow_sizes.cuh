@@ -1,7 +1,7 @@
 // flow.cu: its sizes, from the macros.
 #pragma once
 
-#include "warps.cuh"
+#include "hits.cuh"
 
 constexpr int LINE = 128;                                 // bytes of a row's codes in a step
 constexpr int STEP = FORMAT == NVFP4 ? 256 : 128;         // columns of K
@@ -20,9 +20,6 @@ constexpr int GATHERERS = 2;             // warps that bring tokens
 constexpr int AT_ONCE = 64;              // columns of MMAs in a step that wait together for their scales
 constexpr int QUEUE = 2;                 // items claimed and not yet copied
 
-DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
-DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
-DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int MOST_SUMS = WARP_GROUPS == 2 ? 256 : WARP_GROUPS == 3 ? 128 : 64;
 static_assert(MOST % 8 == 0 && MOST <= 128 && BLOCKS * MOST <= MOST_SUMS, "registers");

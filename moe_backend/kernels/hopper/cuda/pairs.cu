@@ -2,7 +2,7 @@
 //
 // Slots are sorted by expert and their activations lie in that order, so that the accelerator brings tokens as well
 // as weights. `list` says which experts were hit and where their positions begin and end. The first GEMM (GATED)
-// makes hidden columns, quantised per GROUP of them; the second the experts' outputs before the routing weights.
+// makes hidden columns, quantised per ROWS of them; the second the experts' outputs before the routing weights.
 //
 // Pairs. With full tiles the time goes by what L2 gives: a step of 128 tokens and 256 weight rows is 48 KB for 1,024
 // cycles of MMAs, twice what L2 has for each multiprocessor. So two blocks on neighbouring multiprocessors, a
@@ -65,7 +65,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // in boxes of 1, 64 and 128; all with the 128-byte swizzle.
 // token_scale: `[K / 128, positions]`; weight_scale: `[E, (gate, up), scale_rows, scale_columns]`, or without the pair.
 // list: how many experts, and of each three numbers: expert, first position (a multiple of 4), end position.
-// out: hidden columns, `[positions, N]` e4m3 with out_scale `[N / GROUP, positions]`; or outputs, `[positions, N]` bf16.
+// out: hidden columns, `[positions, N]` e4m3 with out_scale `[N / ROWS, positions]`; or outputs, `[positions, N]` bf16.
 // K is a multiple of 16, N of 8. Positions are a multiple of 4, and token_scale ends 512 bytes after its last.
 KERNEL void __launch_bounds__(THREADS, 1) pairs(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const float* token_scale,
@@ -86,7 +86,9 @@ KERNEL void __launch_bounds__(THREADS, 1) pairs(
     }
     wait_for_launches();
     let_next_start();  // only now: what follows reads what earlier launches wrote before it waits
-    const int count = read_list(layer, shared);
+    const int blocks = layer.blocks();
+    const int count = read_list<THREADS>(list, shared.hits, shared.warp_totals,
+                                         [=](int tokens) { return items_of(tokens, blocks); });
     cluster_sync();
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp >= CONSUMER_WARPS) {

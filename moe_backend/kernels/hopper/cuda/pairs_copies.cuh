@@ -10,48 +10,13 @@ DEVICE int items_of(int tokens, int blocks) {
     return tiles / 2 * blocks + tiles % 2 * ceil_div(blocks, 2);
 }
 
-// All threads: the list to shared memory, with sums of items. How many experts it has.
-DEVICE int read_list(const Layer& layer, Shared& shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int count = layer.list[0], blocks = layer.blocks();
-    int before = 0;
-    for (int first = 0; first < count; first += THREADS) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        Hit hit = {0, 0, 0, 0};
-        if (i < count) {
-            const int* entry = layer.list + 1 + 3 * i;
-            hit = {entry[0], entry[1], entry[2], 0};
-        }
-        const int items = items_of(hit.end - hit.start, blocks);
-        const int up_to = sum_up_to(items, lane);
-        if (lane == 31) shared.warp_totals[warp] = up_to;
-        __syncthreads();
-        hit.items_before = before + up_to - items;
-        for (int w = 0; w < THREADS / 32; w++) {
-            if (w < warp) hit.items_before += shared.warp_totals[w];
-            before += shared.warp_totals[w];
-        }
-        if (i < count) shared.hits[i] = hit;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) shared.hits[count] = {0, 0, 0, before};
-    __syncthreads();
-    return count;
-}
-
 // The pair's nth item, as block `rank` of the pair sees it.
 DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int n, int rank) {
     Item item = {};
-    if (n >= shared.hits[count].items_before) return item;
-    int low = 0, high = count;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (shared.hits[middle].items_before <= n) low = middle;
-        else high = middle;
-    }
-    const Hit hit = shared.hits[low];
+    if (n >= shared.hits[count].before) return item;
+    const Hit hit = shared.hits[find_hit(shared.hits, count, n)];
     const int tiles = ceil_div(hit.end - hit.start, TILE), doubles = tiles / 2, blocks = layer.blocks();
-    const int inside = n - hit.items_before;
+    const int inside = n - hit.before;
     int tile = tiles - 1;
     if (inside < doubles * blocks) {
         item.shares_weights = 1;
@@ -135,4 +100,5 @@ DEVICE void copy(const Layer& layer, Shared& shared, int count) {
         barrier_arrive(&shared.full[ring.stage]);
     }
     arrive_with_copies(&shared.full[ring.stage]);
+    __syncwarp();  // together to the end, where blocks meet
 }

@@ -1,7 +1,7 @@
 // pairs.cu: its sizes, what an item is, what the layer is, and what is in shared memory.
 #pragma once
 
-#include "warps.cuh"
+#include "hits.cuh"
 
 constexpr int STEP = 128;                      // columns of K, and bytes of a row's codes in a step
 constexpr int TILE = 128, HALF = 64;           // tokens of a tile, of a warp group
@@ -16,9 +16,6 @@ constexpr int CONSUMERS = 32 * CONSUMER_WARPS;
 constexpr int THREADS = CONSUMERS + 128;
 // Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
 constexpr int COPY_REGISTERS = 24, REGISTERS = 240;
-
-DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
-DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Products that are summed before they are scaled, and weight rows of a chunk that share a scale for sure; so
 // many scales have an item's weights in a step.
@@ -39,11 +36,6 @@ struct alignas(16) Item {
     int start;           // first position
     int tokens;
     int chunks;          // that have rows
-};
-
-struct alignas(16) Hit {
-    int expert, start, end;
-    int items_before;
 };
 
 struct Shared {
@@ -69,19 +61,6 @@ struct Layer {
     int rows, depth, positions, scale_rows, scale_columns;
 
     DEVICE int blocks() const { return ceil_div(rows, ROWS); }
-};
-
-// A place in the ring, and the parity of its turn.
-struct Ring {
-    int stage = 0;
-    int phase = 0;
-
-    DEVICE void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
 };
 
 // Number of a consumer's warp group, and of its warp and lane therein.
