@@ -202,7 +202,7 @@ def test_choices_are_named(script):
 
 def test_every_format_is_compared_with_its_eager_run_on_one_gpu(script):
     runs = script("gpu_answers").runs
-    for tp, number in ((1, 9), (2, 13)):
+    for tp, number in ((1, 11), (2, 16)):
         assert len(runs(tp)) == number
         for run in runs(tp):
             first = next(other for other in runs(tp) if other.format == run.format)

@@ -223,7 +223,7 @@ ENOUGH_TILES = 528
 # Tokens from which one launch wins over two of matrix-vector products; from one on with other
 # formats. Tuned rows say otherwise here and there.
 ONCE_FROM = {Fp8BlockWeights.name: 3}
-# Hidden columns up to which it was found faster. Beyond, tokens leave less shared memory for
+# Hidden sizes up to which it was found faster. Beyond, tokens leave less shared memory for
 # weights: at 7,168 it takes 131 us with FP8 and 8 tokens, where `Tiles` takes 98.
 ONCE_HIDDEN = {Fp8BlockWeights.name: 4096, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
 ONCE_WARPS = 16  # that multiply
