@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from moe_backend.kernels.reference import fused_experts
-from moe_backend.verify.metrics import difference
+from moe_backend.verify.metrics import Difference, difference
 from moe_backend.verify.problems import Case, Problem, build, encode
 from moe_backend.verify.run import expected, passes
 
@@ -53,6 +53,14 @@ def answer(p: Problem) -> torch.Tensor:
     return fused_experts(
         p.x.float(), p.weights, p.topk_weights, p.topk_ids, p.case.activation, p.expert_map
     )
+
+
+def but_for_one_token(out: torch.Tensor, wanted: torch.Tensor) -> Difference:
+    """Without the worst: a single hidden column that rounds to the next FP8 value may outweigh all
+    of a token's others, and with activations that do not clamp those of a hundred tokens."""
+    worst = (out.double() - wanted.double()).square().sum(1).argmax()
+    others = torch.arange(len(out), device=out.device) != worst
+    return difference(out[others], wanted[others])
 
 
 def run(fused, p: Problem) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
-from gpu_problems import answer, routed, small
+from gpu_problems import answer, but_for_one_token, routed, small
 from test_gpu_matrix import FEW, LAYOUTS, REL_L2_FEW, STEP, experts
 
 from moe_backend.kernels.cuda import build
@@ -89,14 +89,6 @@ def faults(problem, choice, counts):
         if not all(torch.equal(out, outputs[0]) for out in outputs):
             found.append(f"{p.case.name} {choice}: not repeated")
     return found
-
-
-def but_for_one_token(out, wanted):
-    """Without the worst: a single hidden column that rounds to the next FP8 value may outweigh all
-    of a token's others, and with activations that do not clamp those of a hundred tokens."""
-    worst = (out.double() - wanted.double()).square().sum(1).argmax()
-    others = torch.arange(len(out), device=out.device) != worst
-    return difference(out[others], wanted[others])
 
 
 @pytest.mark.parametrize("case", ONCE, ids=lambda c: f"{c.format}-{c.intermediate_size}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_problems import but_for_one_token
 
 from moe_backend import cli
 from moe_backend.kernels.reference import fused_experts
@@ -121,3 +122,14 @@ def test_another_quantisation_of_the_activations_is_flagged(groups):
     right = expected(problem, (128, 128))
     assert passes(difference(right.bfloat16(), right), problem.case, quantised=True)
     assert not passes(difference(expected(problem, groups), right), problem.case, quantised=True)
+
+
+def test_one_token_may_be_off_but_not_two():
+    """The bound of the GPU tests where activations are quantised."""
+    wanted = torch.randn(129, 64, generator=torch.Generator().manual_seed(0))
+    out = wanted.clone()
+    out[7] *= 1.3
+    assert not difference(out, wanted).within(2e-2)
+    assert but_for_one_token(out, wanted).equal
+    out[90] *= 1.3
+    assert not but_for_one_token(out, wanted).within(2e-2)

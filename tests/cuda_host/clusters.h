@@ -31,7 +31,6 @@ inline void barrier_arrive_at(u64* word, int rank) {
     });
     host::maybe_yield();
 }
-inline void barrier_wait_cluster(u64* barrier, int phase) { barrier_wait(barrier, phase); }
 
 namespace host {
 

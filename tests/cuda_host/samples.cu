@@ -217,7 +217,7 @@ KERNEL void exchange(const GRID_CONSTANT TensorMap flat, const GRID_CONSTANT Ten
     for (int i = 0; i < tiles; i++) {
         int slot = i % 2, phase = i / 2 % 2;
         if (threadIdx.x == 0) {
-            if (i >= 2) barrier_wait_cluster(empty + slot, phase ^ 1);
+            if (i >= 2) barrier_wait(empty + slot, phase ^ 1);
             barrier_expect(full + slot, fault == ONE_LESS ? 512 : 1024);
             u8* to = memory + slot * 1024 + rank * 512;
             int half = (first + i) * 2 + rank, blocks = fault == WRONG_MASK ? 1 << rank : 3;
@@ -251,7 +251,7 @@ KERNEL void multiply_for_peer(const GRID_CONSTANT TensorMap a, const GRID_CONSTA
     if (cluster_rank() == 1 && threadIdx.x == 0) {
         copy_box_to_all(memory, &a, 0, 0, full, 1);
         copy_box_to_all(memory + 8192, &b, 0, 0, full, 1);
-        barrier_wait_cluster(empty, 0);
+        barrier_wait(empty, 0);
         copy_box_to_all(memory + 8192, &b, 0, COLUMNS, full, 1);
     } else if (cluster_rank() == 0) {
         barrier_wait(full, 0);

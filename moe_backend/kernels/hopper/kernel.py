@@ -8,6 +8,7 @@ do always.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -16,7 +17,17 @@ from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import few, flow, once, pairs, prefill, route, stream, tiled, wide
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
-from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Prefill, Stream, Wide
+from moe_backend.kernels.hopper.tiles import (
+    Choice,
+    Few,
+    Flow,
+    Once,
+    Pairs,
+    Prefill,
+    Stream,
+    Tiles,
+    Wide,
+)
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.variants import candidates
@@ -25,6 +36,10 @@ from moe_backend.kernels.variants import candidates
 # beyond is computed in slices, which read the weights once each.
 PARTIAL_ELEMENTS = 2**29
 MAX_EXPERTS = 1024  # one program holds the schedule of all local experts in registers
+RUN: dict[type, Callable[..., torch.Tensor]] = {
+    Tiles: tiled.run, Prefill: prefill.run, Stream: stream.run, Wide: wide.run, Few: few.run,
+    Once: once.run, Flow: flow.run, Pairs: pairs.run,
+}  # fmt: skip
 
 
 class HopperKernel:
@@ -119,18 +134,4 @@ def run(
         topk_ids = topk_ids.int()
     if expert_map is not None and expert_map.dtype != torch.int32:
         expert_map = expert_map.int()
-    if isinstance(choice, Few):
-        return few.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Pairs):
-        return pairs.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Prefill):
-        return prefill.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Stream):
-        return stream.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Once):
-        return once.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Flow):
-        return flow.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    if isinstance(choice, Wide):
-        return wide.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
-    return tiled.run(layer, tensors, x, topk_weights, topk_ids, expert_map, choice)
+    return RUN[type(choice)](layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

@@ -2,7 +2,7 @@
 
 A choice is a frozen dataclass of ints, bools and such dataclasses, and its method's name stands
 before its numbers in JSON: `{"method": "tiles", "gate_up": {"m": 16, ...}, "down": {...}}`. A new
-method is one entry of `METHODS`.
+method is one entry of `METHODS`, and one of `kernel.RUN`.
 """
 
 from __future__ import annotations

@@ -74,8 +74,7 @@ def run(
 @lru_cache
 def _kernels(layer: LayerConfig, choice: Pairs) -> list[Kernel]:
     """Of the first and of the second GEMM."""
-    for holds, wanted in pairs_needs(layer, choice):
-        require(holds, wanted)
+    check(layer, choice)
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
         assert block is not None

@@ -1,4 +1,4 @@
-"""The host side of what comes before and after the GEMMs of `flow.py`: routing, and the sum."""
+"""What comes around the GEMMs of `flow.py` and `pairs.py`, on the host: routing, and the sum."""
 
 from __future__ import annotations
 

@@ -54,15 +54,15 @@ DEVICE void barrier_arrive(u64* barrier, int times) {
 DEVICE void barrier_expect(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Until the end of a phase; `scope` is what the instruction says of order, nothing for acquire in the block.
-#define WAIT_FOR_PHASE(barrier, phase, scope)                                  \
-    asm volatile(                                                              \
-        "{\n.reg .pred done;\n"                                                \
-        "again:\n"                                                             \
-        "mbarrier.try_wait.parity" scope ".shared::cta.b64 done, [%0], %1;\n"  \
-        "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase)      \
-        : "memory")
-DEVICE void barrier_wait(u64* barrier, int phase) { WAIT_FOR_PHASE(barrier, phase, ""); }
+// Also where threads of another block of the cluster arrive (`barrier_arrive_at`).
+DEVICE void barrier_wait(u64* barrier, int phase) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase)
+        : "memory");
+}
 // Threads of some warps, a multiple of 32 of them; ids from 1 on (0 is __syncthreads).
 DEVICE void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -93,11 +93,6 @@ DEVICE void barrier_arrive_at(u64* barrier, int rank) {
         "r"(rank)
         : "memory");
 }
-// For barriers at which threads of other blocks arrive. What they did before is ordered before what follows only if
-// both scopes include both threads (PTX ISA, morally strong operations), and barrier_wait's is its block. Copies that
-// another block started need barrier_wait alone: their bytes complete at a barrier of this block. It drops the SM's
-// L1 (CCTL.IVALL).
-DEVICE void barrier_wait_cluster(u64* barrier, int phase) { WAIT_FOR_PHASE(barrier, phase, ".acquire.cluster"); }
 
 // --- Copies to shared memory ---
 

@@ -89,7 +89,8 @@ KERNEL void __launch_bounds__(THREADS, 1) pairs(
     const int blocks = layer.blocks();
     const int count = read_list<THREADS>(list, shared.hits, shared.warp_totals,
                                          [=](int tokens) { return items_of(tokens, blocks); });
-    cluster_sync();
+    cluster_sync();  // the other block's barriers are there
+    // The same for all lanes, which the compiler is to know.
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp >= CONSUMER_WARPS) {
         leave_registers<COPY_REGISTERS>();
