@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +99,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
         scratch = Path(folder)
-        models = dict(zip(FORMATS, pool.map(lambda f: convert(f, scratch), FORMATS), strict=True))
-        models["unclamped"] = unclamp(models["fp8-block"], scratch / "unclamped")
+        models = make_models(scratch, pool)
         jobs = [(number, run, models, scratch, args) for number, run in enumerate(chosen)]
         rows = list(pool.map(lambda job: ask(*job), jobs))
 
@@ -116,13 +115,20 @@ def main() -> int:
     return 0 if all(row["ok"] for row in rows) else 1
 
 
+def make_models(scratch: Path, pool: Executor) -> dict[str, Path]:
+    """The folder of each format's model, and of the control's, `unclamped`."""
+    models = dict(zip(FORMATS, pool.map(lambda f: convert(f, scratch), FORMATS), strict=True))
+    models["unclamped"] = unclamp(models["fp8-block"], scratch / "unclamped")
+    return models
+
+
 def convert(format: str, scratch: Path) -> Path:
     if format == "bf16":
         return TINY
-    source = widen(TINY, scratch / "widened", 512) if format.endswith(WIDE) else TINY
+    source = widen(TINY, scratch / f"{format}-source", 512) if format.endswith(WIDE) else TINY
     command = [sys.executable, "-m", "moe_backend.cli", "convert", str(source)]
     command += [str(scratch / format), "--to", format.removesuffix(WIDE)]
-    code, said = call(command, environment(), 200)
+    code, said = call(command, environment() | {"OMP_NUM_THREADS": "1"}, 200)
     if code:
         raise RuntimeError(f"converting to {format} failed:\n{said[-2000:]}")
     return scratch / format

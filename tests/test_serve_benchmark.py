@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,17 @@ def test_a_widened_model_computes_the_same(script, tiny, tmp_path):
         outputs.append(fused_experts(x.repeat(1, times), weights, torch.ones(5, 2), ids, silu))
     assert torch.allclose(outputs[0].repeat(1, 2), outputs[1], rtol=1e-4, atol=1e-5)
     assert {f.name for f in wide.iterdir()} == {f.name for f in tiny.iterdir()}
+
+
+def test_every_format_of_the_tiny_model_is_made_at_once(script, tmp_path):
+    answers = script("gpu_answers")
+    with ThreadPoolExecutor(2) as pool:
+        models = answers.make_models(tmp_path, pool)
+    assert set(models) == {*answers.FORMATS, "unclamped"}
+    assert len(set(models.values())) == len(models)  # a folder each
+    for format, folder in models.items():
+        config = json.loads((folder / "config.json").read_text())
+        wide = format.endswith(answers.WIDE)
+        assert config["moe_intermediate_size"] == (512 if wide else 384)
+        assert ("quantization_config" in config) == (format != "bf16")
+        assert any(config["swiglu_limits"]) == (format != "unclamped")
