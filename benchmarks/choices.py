@@ -4,10 +4,10 @@
 
 A choice is `default` (what runs such a call here), `untuned` (the same without tuned tables),
 `tiled` (the method without those in CUDA C++ and for few tokens), `once BLOCKS`, `stream TOKENS`,
-`flow TOKENS GROUPS BLOCKS` with as many stages as fit, or JSON as in a tuned table. Each is checked
-against plain torch and repeated bit for bit, as `moe-backend tune` does, with the routing that is
-most typical of 64 draws; then the median time of CUDA graph replays counts. Exit code 1 if one is
-wrong.
+`flow TOKENS GROUPS BLOCKS` with as many stages as fit, `pairs STAGES`, or JSON as in a tuned table.
+Each is checked against plain torch and repeated bit for bit, as `moe-backend tune` does, with the
+routing that is most typical of 64 draws; then the median time of CUDA graph replays counts. Exit
+code 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ NAMED: dict[str, Any] = {
     "once": lambda layer, tokens, blocks: tiles.Once(blocks),
     "stream": lambda layer, tokens, most: tiles.stream(most),
     "flow": lambda layer, tokens, *numbers: tiles.flow(layer, *numbers),
+    "pairs": lambda layer, tokens, stages: tiles.Pairs(stages),
 }
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.97  # of the prompts
 # These have hidden states of 256 columns instead of 128, and experts of 512 instead of 384, which
-# compute the same: sizes that NVFP4's methods take, and FP8's `Pairs`.
+# compute the same: sizes that NVFP4's methods take, and `Pairs` with FP8.
 WIDE = "-wide"
 FORMATS = ("bf16", "fp8-block", f"fp8-block{WIDE}", "nvfp4-modelopt", f"nvfp4-modelopt{WIDE}")
 APART_S = 1.5  # between starts, which look for free ports

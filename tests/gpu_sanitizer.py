@@ -149,10 +149,7 @@ def run_set() -> int:
                 for tokens in COUNTS:
                     p = routed(problem, tokens)
                     given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                    others = [tiles.tiles(p.layer, tokens)]
-                    if name == "fp8_block":
-                        others.append(tiles.Pairs(tiles.PAIRS_STAGES))
-                    for choice in others:
+                    for choice in (tiles.tiles(p.layer, tokens), tiles.Pairs(tiles.PAIRS_STAGES)):
                         calls += 1
                         hopper.run(p.layer, tensors, *given, choice)
             if kernel == "hopper" and tiles.streams(problem.layer):

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
 from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, pairs, tiles
-from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Pairs, Wide
+from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Pairs
 
 missing = build.missing()
 compiles = pytest.mark.skipif(missing is not None, reason=f"CUDA C++ is not compiled: {missing}")
@@ -86,6 +86,7 @@ FLOWS = {
 }
 ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
 PAIRS = ["count", "route", "pairs", "pairs", "combine"]
+PAIRS_NVFP4 = ["count", "route", "pairs_nvfp4", "pairs_nvfp4", "combine"]
 
 
 @compiles
@@ -105,6 +106,8 @@ PAIRS = ["count", "route", "pairs", "pairs", "combine"]
         ("deepseek-v4-flash-ep8", 8, ONCE),
         ("deepseek-v4-flash-ep8", 64, FLOW),
         ("deepseek-v4-flash-ep8", 1024, FLOW),
+        ("deepseek-v4-flash-ep8", 4096, PAIRS_NVFP4),
+        ("deepseek-v4-flash-tp1", 16384, PAIRS_NVFP4),
         ("minimax-m3-ep4", 8, ONCE),
     ],
 )
@@ -132,10 +135,26 @@ def test_what_the_host_code_takes_compiles(kernels_of, name):
 
 
 @compiles
-@pytest.mark.parametrize("name", ["step-3.5-ep8", "step-3.5-tp4-even", "step-3.5-tp8-even"])
-def test_pairs_hold_their_sums_in_registers(kernels_of, name):
-    """Shards off the block grid have sub-steps of 64 and of 32 columns."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-3.5-ep8",
+        "step-3.5-tp4-even",
+        "step-3.5-tp8-even",
+        "deepseek-v4-flash-ep8",
+        "qwen3-235b-nvfp4-tp8",
+    ],
+)
+@pytest.mark.parametrize("kind", [0, 3], ids=["silu", "swigluoai"])
+def test_pairs_hold_their_sums_in_registers(kernels_of, name, kind):
+    """Shards off the block grid have sub-steps of 64 and of 32 columns, those of NVFP4 copies in
+    fours. MMAs with codes do not wait for each other either.
+    """
     for one in kernels_of(name, 4096, Pairs(4)):
+        if "ACTIVATION" in dict(one.constants):
+            one = one._replace(
+                constants=tuple((dict(one.constants) | {"ACTIVATION": kind}).items())
+            )
         assert local_memory(one.source, one.constants) == 0
         _, words = build._compile(one.source, build._options(one.constants))
         assert "serialized" not in words
@@ -154,7 +173,7 @@ def test_mmas_with_codes_do_not_wait_for_each_other(kernels_of, tile):
 
 @compiles
 def test_samples_of_the_emulation_compile_for_the_gpu(tmp_path):
-    """What no kernel uses yet is in them: clusters."""
+    """What no kernel uses in that way is in them."""
     for path in (*once.SOURCE.parent.glob("*.cuh"), Path(__file__).parent / "cuda_host/samples.cu"):
         shutil.copy(path, tmp_path)
     build._compile(tmp_path / "samples.cu", build._options([("COLUMNS", 48)]))
@@ -431,7 +450,7 @@ DEFAULTS = {
     # 2 tokens hit too much for Few, 4 too much for Once.
     "step-3.5-tp1": {1: Few, 2: Once, 4: Flow, 8: Flow, 9: Flow},
     "deepseek-v3-ep8": {1: Few, 4: Few, 8: Flow},  # hidden 7168
-    "deepseek-v4-flash-ep8": {1: Once, 8: Once, 9: Flow, 1024: Flow, 4096: Wide},
+    "deepseek-v4-flash-ep8": {1: Once, 8: Once, 9: Flow, 1024: Flow, 4096: Pairs},
     "deepseek-v4-flash-tp1": {1: Once, 4: Once, 8: Flow, 64: Flow},
     "minimax-m3-ep4": {1: Once, 8: Once},
 }
@@ -447,7 +466,25 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
         assert methods.sound(layer, tokens, choice)
     monkeypatch.setattr(build, "missing", lambda: "no compiler")
     for tokens in (1, 2, 3, 8, 9, 64, 1024, 4096):
-        assert not isinstance(tiles.choose(layer, tokens), Once | Flow), tokens
+        assert not isinstance(tiles.choose(layer, tokens), Once | Flow | Pairs), tokens
+
+
+def test_pairs_have_as_many_stages_as_fit():
+    layer = SHAPES["deepseek-v4-flash-ep8"].layer()
+    for experts, stages in ((32, 4), (620, 4), (700, 3), (1024, 3)):
+        many = replace(layer, num_experts=experts, num_local_experts=experts)
+        assert tiles.pairs(many) == Pairs(stages)
+        methods.check(many, 16384, Pairs(stages))
+
+
+def test_the_list_of_experts_descends_for_pairs_of_nvfp4_alone(kernels_of):
+    for name, choice, wanted in (
+        ("deepseek-v4-flash-ep8", Pairs(4), 1),
+        ("deepseek-v4-flash-ep8", tiles.flow(V4, 8, 4, 1), 0),
+        ("step-3.5-ep8", Pairs(4), 0),
+    ):
+        (route,) = [one for one in kernels_of(name, 4096, choice) if one.name == "route"]
+        assert dict(route.constants)["DESCENDING"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from moe_backend.kernels.hopper import flow, kernel, once, pairs, route, tiles
 from moe_backend.kernels.hopper.tiles import Once, Pairs
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
-from moe_backend.verify.problems import Case, build
+from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import expected, passes
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -164,6 +164,41 @@ def test_pairs(launches, layout, blocks):
     assert said < other  # hidden columns have a scale for 128
     assert launches == 2 * ["count", "route", "pairs", "pairs", "combine"]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "tokens", "stages", "activation"),
+    [
+        ("unsharded", (512, 256), 330, (3, 4), 0),  # up to three tiles an expert
+        ("ep", (256, 512), 90, (3, 2), 1),  # an odd block of output rows
+        ("dropped", (768, 192), 200, (4, 3), 2),  # hidden columns are padded to 256
+        ("unsharded", (256, 320), 40, (4, 4), 3),
+    ],
+)
+def test_pairs_of_nvfp4(launches, monkeypatch, layout, sizes, tokens, stages, activation):
+    monkeypatch.setattr(pairs, "multiprocessors", lambda device: 7)  # three pairs, one left over
+    hidden, intermediate = sizes
+    problem = build(
+        Case(
+            "nvfp4", ACTIVATIONS[activation], hidden_size=hidden, intermediate_size=intermediate,
+            layout=layout, tokens=tokens, num_experts=4,
+        )
+    )  # fmt: skip
+    outputs = [check(problem, Pairs(n)) for n in stages]  # with other seeds
+    assert launches == 2 * ["count", "route", "pairs_nvfp4", "pairs_nvfp4", "combine"]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 57, 65, 72, 112, 121, 128, 129])
+def test_pairs_of_nvfp4_with_full_and_nearly_full_mmas(launches, tokens):
+    """Both experts get all tokens."""
+    problem = build(
+        Case(
+            "nvfp4", STEP, hidden_size=256, intermediate_size=256, tokens=tokens, num_experts=2,
+            top_k=2,
+        )
+    )  # fmt: skip
+    check(problem, Pairs(4))
 
 
 def test_flow_of_what_lies_askew(launches):

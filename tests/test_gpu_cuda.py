@@ -38,6 +38,7 @@ TILES = (
     *((8, 2, 2), (8, 3, 2), (8, 4, 1), (16, 3, 2), (32, 2, 2), (64, 2, 3), (64, 3, 2)),
     *((128, 2, 2), (128, 3, 1)),
 )
+NVFP4 = Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512)
 PAIRS = (
     Case("fp8_block", STEP, hidden_size=1024, intermediate_size=640),
     Case(
@@ -45,8 +46,9 @@ PAIRS = (
         w2_block=(128, 64),
     ),
     Case("fp8_block", STEP, hidden_size=512, intermediate_size=160, **NARROW),
+    NVFP4,
+    Case("nvfp4", STEP, hidden_size=768, intermediate_size=320),
 )  # fmt: skip
-NVFP4 = Case("nvfp4", STEP, hidden_size=1024, intermediate_size=512)
 PADDED = Case("nvfp4", STEP, hidden_size=512, intermediate_size=320)
 NVFP4_TILES = (
     *((8, 4, 1), (8, 2, 2), (8, 2, 1), (16, 4, 1), (16, 2, 2), (32, 4, 1), (64, 4, 1), (64, 2, 2)),
@@ -121,20 +123,21 @@ def test_flow(case, tile):
     assert found == []
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=lambda c: str(c.intermediate_size))
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: f"{c.format}-{c.intermediate_size}")
 def test_pairs(case):
     """From one token to several pairs of tiles for an expert, with blocks of rows left over."""
     found = []
-    for activation in ACTIVATIONS if case is PAIRS[0] else ACTIVATIONS[:1]:
+    for activation in ACTIVATIONS if case in (PAIRS[0], NVFP4) else ACTIVATIONS[:1]:
         for layout in LAYOUTS:
             problem = small(replace(case, activation=activation, **experts(layout)))
             found += faults(problem, Pairs(4), (1, 7, 64, 129, 304, 1000, 4096, 8209))
     assert found == []
 
 
-def test_pairs_repeat_many_times():
-    """A second GEMM of three steps: what the blocks of a pair promise each other comes often."""
-    problem = small(replace(PAIRS[1], **experts("ep")))
+@pytest.mark.parametrize("case", [PAIRS[1], PAIRS[-1]], ids=lambda c: c.format)
+def test_pairs_repeat_many_times(case):
+    """A second GEMM of a few steps: what the blocks of a pair promise each other comes often."""
+    problem = small(replace(case, **experts("ep")))
     tensors = kernel_named("hopper").prepare(problem.weights)
     p = routed(problem, 4096)
     given = p.x, p.topk_weights, p.topk_ids, p.expert_map

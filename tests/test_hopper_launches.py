@@ -34,6 +34,7 @@ TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 FLOW = ["route", "flow", "combine"]
 GEMMS = ["gemm_kernel", "gemm_kernel"]
 PAIRS = ["count", "route", "pairs", "pairs", "combine"]
+PAIRS_NVFP4 = ["count", "route", "pairs_nvfp4", "pairs_nvfp4", "combine"]
 CUDA = ("moe_once", *FLOW, *PAIRS)
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", *GEMMS]
 
@@ -60,6 +61,7 @@ def launches(monkeypatch):
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
         ("fp8_block", lambda layer: Prefill(64, 6, 128, 6), [*SORTED, "combine_kernel"]),
         ("fp8_block", lambda layer: Pairs(4), PAIRS),
+        ("nvfp4", lambda layer: Pairs(4), PAIRS_NVFP4),
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
         ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: Stream(8, 5, 5), ["plan_kernel", *GEMMS, "combine_kernel"]),
@@ -74,6 +76,7 @@ def launches(monkeypatch):
         "fp8-tiles",
         "fp8-prefill",
         "fp8-pairs",
+        "nvfp4-pairs",
         "fp8-once",
         "fp8-flow",
         "nvfp4-stream",

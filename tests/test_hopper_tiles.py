@@ -64,12 +64,16 @@ def test_every_choice_is_sound(intermediate, missing, monkeypatch):
 
 
 PAIRS = layer("fp8_block", 1280, (GRID, GRID))
+CODES = layer("nvfp4", 1280)
 
 
 @pytest.mark.parametrize(
     ("refused", "said"),
     [
-        (layer("nvfp4", 1280), "FP8"),
+        (layer("bf16", 1280), "FP8 or NVFP4"),
+        (replace(CODES, hidden_size=4224), "a hidden size that is a multiple of 256"),
+        (replace(CODES, intermediate_size=1312), "an intermediate size that is a multiple of 64"),
+        (replace(CODES, num_experts=2700, num_local_experts=2700), "room for two steps of codes"),
         (replace(PAIRS, hidden_size=4104), "sizes in 16s"),
         (replace(PAIRS, intermediate_size=1288), "sizes in 16s"),
         (replace(PAIRS, w13_block=(96, 128)), "w13"),
@@ -81,7 +85,8 @@ PAIRS = layer("fp8_block", 1280, (GRID, GRID))
 )
 def test_pairs_refuse_what_they_are_not_written_for(refused, said, monkeypatch):
     monkeypatch.setattr(cuda_build, "missing", lambda: None)
-    methods.check(PAIRS, 4096, Pairs(4))
+    for one in (PAIRS, CODES):
+        methods.check(one, 4096, Pairs(4))
     with pytest.raises(ValueError, match=said):
         methods.check(refused, 4096, Pairs(4))
     assert not isinstance(choose(refused, 16384), Pairs)

@@ -35,6 +35,7 @@ class Case:
     chunks: int = 0  # that a launch of its own counts
     pieces: int = 1  # of 256 columns
     sorted: bool = False  # tokens go to the positions of their slots
+    descending: bool = False  # the list: experts with more slots first
 
 
 CASES = {
@@ -54,8 +55,9 @@ CASES = {
     "reordered": Case(20, 4, 12, 5, 512, 3, quantised=False),
     "reordered long": Case(3, 2, 4, 4, 4352, 2, mapped=False, quantised=False),
     "reordered and sorted": Case(
-        20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4
+        20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4, descending=True
     ),
+    "many in descending order": Case(90, 2, 600, 600, 64, 30, mapped=False, descending=True),
     "reordered weights": Case(9, 1, 4, 3, 256, 4, weight_on_input=True, quantised=False),
 }
 
@@ -80,6 +82,8 @@ def sorted_slots(case: Case, ids: torch.Tensor, expert_map: torch.Tensor) -> tup
         if own:
             rows.append([expert, start, start + len(own)])
         start += cdiv(len(own), 4) * 4
+    if case.descending:
+        rows.sort(key=lambda row: row[1] - row[2])  # of equal ones the first stays first
     return position, rows
 
 
@@ -125,7 +129,7 @@ def test_route(name: str, seed: int) -> None:
         "EXPERTS": case.local, "NUM_IDS": case.experts, "TOP_K": k, "HAS_MAP": int(case.mapped),
         "IDS64": int(case.long_ids), "WEIGHT_ON_INPUT": int(case.weight_on_input),
         "QUANTISED": int(case.quantised), "CHUNKS": case.chunks, "SORTED": int(case.sorted),
-        "PIECES": case.pieces,
+        "DESCENDING": int(case.descending), "PIECES": case.pieces,
     }  # fmt: skip
     shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32) + 16
     shared += 512 * (1 if case.quantised else THREADS // 32)

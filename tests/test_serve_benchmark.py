@@ -194,6 +194,7 @@ def test_choices_are_named(script):
     flow = choice_of("flow 8 4 1", layer, 64)
     assert flow == tiles.flow(layer, 8, 4, 1)
     assert choice_of("once 1", layer, 8) == tiles.Once(1)
+    assert choice_of("pairs 4", layer, 4096) == tiles.Pairs(4)
     assert choice_of(json.dumps(methods.to_data(flow)), layer, 64) == flow
     with pytest.raises(ValueError, match="choice 'fast' is unknown"):
         choice_of("fast", layer, 64)

@@ -466,9 +466,15 @@ constexpr const char *SYNCTHREADS = "__syncthreads", *CLUSTER_SYNC = "cluster_sy
 inline void start_blocks() {
     Machine& m = *machine;
     while (m.started < m.blocks.size() && m.room >= m.cluster) {
+        // Blocks of a cluster have their places at once, but one may begin later.
+        const int late = m.cluster > 1 && dice(2) ? dice(m.cluster) : -1;
         for (int i = 0; i < m.cluster; i++, m.room--) {
             const Block& block = m.blocks[m.started++];
-            for (int t = 0; t < block.live; t++) wake(m.fibers[block.index * block.live + t]);
+            auto start = [&m, first = block.index * block.live, live = block.live] {
+                for (int t = 0; t < live; t++) wake(m.fibers[first + t]);
+            };
+            if (i == late) later(m.now + some_time(), "a block's start", start);
+            else start();
         }
     }
 }

@@ -43,7 +43,7 @@ def run(
         wide, columns, scales = 1, i, cdiv(h, 128)  # bytes of an activation; a hidden row's columns
         groups = cdiv(i, 32 * choice.groups * choice.blocks)  # scales of a token, of a hidden row
     else:
-        wide, columns, scales, groups = 2, _padded(i), 0, 0
+        wide, columns, scales, groups = 2, padded(i), 0, 0
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, arrays = carve(
         w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
@@ -88,7 +88,7 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         blocks = layer.w13_block + layer.w2_block
         constants |= zip(("N13", "K13", "N2", "K2"), blocks, strict=True)
     else:
-        constants["PADDED"] = int(layer.intermediate_size != _padded(layer.intermediate_size))
+        constants["PADDED"] = int(layer.intermediate_size != padded(layer.intermediate_size))
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 
 
@@ -106,26 +106,29 @@ def _maps(
             w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1)
         )
         return [
-            turns_of_eight, _rows(w2, e * h, i, 64), _rows(hidden, positions, i, 32),
-            _rows(hidden, positions, i, 8),
+            turns_of_eight, rows_of(w2, e * h, i, 64), rows_of(hidden, positions, i, 32),
+            rows_of(hidden, positions, i, 8),
         ]  # fmt: skip
-    row = h // 2
-    of_each_64 = TensorMap(
-        w13, (row, 64, 2, i // 64, e), (row, i * row, 64 * row, 2 * i * row), (128, 8, 2, 4, 1)
-    )
-    columns = _padded(i)
+    columns = padded(i)
     # The last stride is less than the one before it. The CUDA driver takes that, though its header
     # wants strides that ascend.
     lines = TensorMap(hidden, (128, positions, columns // 64), (2 * columns, 128), (128, 8, 4))
-    return [of_each_64, _rows(w2, e * h, i // 2, 64), lines, lines]
+    return [gate_up_codes(layer, w13), rows_of(w2, e * h, i // 2, 64), lines, lines]
 
 
-def _padded(columns: int) -> int:
+def gate_up_codes(layer: LayerConfig, w13: torch.Tensor) -> TensorMap:
+    """What the accelerator sees of NVFP4's w13: of 32 hidden columns eight of each 64."""
+    e, i, row = layer.num_local_experts, layer.intermediate_size, layer.hidden_size // 2
+    strides = row, i * row, 64 * row, 2 * i * row
+    return TensorMap(w13, (row, 64, 2, i // 64, e), strides, (128, 8, 2, 4, 1))
+
+
+def padded(columns: int) -> int:
     """Hidden columns as NVFP4's second GEMM reads them, in whole groups of the decoder's order."""
     return cdiv(columns, 256) * 256
 
 
-def _rows(matrix: torch.Tensor | Memory, rows: int, width: int, box: int) -> TensorMap:
+def rows_of(matrix: torch.Tensor | Memory, rows: int, width: int, box: int) -> TensorMap:
     """Of rows of so many bytes, boxes of `box` rows and 128 bytes."""
     return TensorMap(matrix, (width, rows), (width,), (128, box))
 

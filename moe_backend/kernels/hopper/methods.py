@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import combinations
 from typing import Any, get_type_hints
 
-from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import flow, once, pairs, prefill, stream, tiles, wide
 from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
@@ -165,8 +165,8 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         nearest[Stream] = tiles.stream(max(sizes))
     if layer.format == Nvfp4Weights.name and not isinstance(default, Flow):
         nearest[Flow] = tiles.flow_nvfp4(layer, tokens)
-    if layer.format == Fp8BlockWeights.name and not isinstance(default, Pairs):
-        nearest.setdefault(Pairs, Pairs(tiles.PAIRS_STAGES))
+    if layer.format != Bf16Weights.name and not isinstance(default, Pairs):
+        nearest.setdefault(Pairs, tiles.pairs(layer))
     blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
     if blocks and not isinstance(default, Once):
         nearest[Once] = Once(blocks)  # beyond eight tokens it never is the default

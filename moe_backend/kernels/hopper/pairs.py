@@ -1,25 +1,35 @@
-"""The host side of FP8's GEMMs for many tokens, by pairs of blocks. Safe in a CUDA graph."""
+"""The host side of the GEMMs for many tokens, by pairs of blocks. Safe in a CUDA graph."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
+from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
 from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, route
 from moe_backend.kernels.hopper.sorted_tokens import positions_of
 from moe_backend.kernels.hopper.tiled import multiprocessors
-from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Pairs, pairs_needs, require
+from moe_backend.kernels.hopper.tiles import (
+    SHARED_BYTES,
+    Pairs,
+    pairs_code_stages,
+    pairs_needs,
+    require,
+)
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
-SOURCE = Path(__file__).parent / "cuda" / "pairs.cu"
+FOLDER = Path(__file__).parent / "cuda"
 THREADS = 384
 GROUP = 128  # hidden columns that share a scale
-BOX = 64  # rows of a copy
+# Rows of a copy: of weights, and of tokens in either kernel.
+WEIGHT_BOX, FP8_BOX, NVFP4_BOX = 64, 64, 16
 
 
 def run(
@@ -35,70 +45,134 @@ def run(
     tokens, slots = len(x), topk_ids.numel()
     if slots == 0:
         return torch.empty_like(x)
+    quantised = layer.format == Fp8BlockWeights.name
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
-    w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
+    w13, *_ = tensors
+    assert w13 is not None
     sms = multiprocessors(w13.device)
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     positions = positions_of(layer, slots)
+    wide = 1 if quantised else 2  # bytes of an activation
+    columns = i if quantised else padded(i)  # of a hidden row
+    scales, groups = (cdiv(h, 128), cdiv(i, GROUP)) if quantised else (0, 0)  # of a row
     past = 4 * 128  # a tile's scales are copied whole, also where positions end
     whole, (operand, scale, position, token_of, experts, count, hidden, hidden_scale, partial) = (
         carve(
-            w13.device, positions * h, 4 * cdiv(h, 128) * positions + past, 4 * slots,
-            4 * positions, 4 * (1 + 3 * e), 4 * CHUNKS * e, positions * i,
-            4 * cdiv(i, GROUP) * positions + past, 2 * positions * h,
+            w13.device, wide * positions * h, 4 * scales * positions + past, 4 * slots,
+            4 * positions, 4 * (1 + 3 * e), 4 * CHUNKS * e, wide * positions * columns,
+            4 * groups * positions + past, 2 * positions * h,
         )
     )  # fmt: skip
     out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
     to = Routed(operand, scale, position, token_of, experts, count, count)
     route(layer, x, weights, ids, expert_map, to, 0, sms, positions)
-    activation, pairs = layer.activation, sms // 2
-    constants = activation.limit or 0.0, activation.alpha, activation.beta
-    first, second = _kernels(layer, choice)
-    launch(
-        first, 2 * pairs, THREADS,
-        [_rows(operand, positions, h), _matrices(w13, 2 * e, i, h), scale, w13_scale, experts,
-         hidden, hidden_scale, *constants, i, h, positions, w13_scale.shape[1] // 2,
-         w13_scale.shape[2]],
-    )  # fmt: skip
-    launch(
-        second, 2 * pairs, THREADS,
-        [_rows(hidden, positions, i), _matrices(w2, e, h, i), hidden_scale, w2_scale, experts,
-         partial, hidden_scale, *constants, h, i, positions, w2_scale.shape[1],
-         w2_scale.shape[2]],
-    )  # fmt: skip
+    between = Between(operand, scale, experts, hidden, hidden_scale, partial)
+    multiply = _multiply_fp8 if quantised else _multiply_nvfp4
+    multiply(layer, choice, tensors, between, positions, sms)
     combine(layer, partial, position, weights, out, sms)
     del whole  # what is allocated next on this stream comes after these launches
     return out
+
+
+class Between(NamedTuple):
+    """What lies between routing and sum: memory as `route` writes it, and what the GEMMs make."""
+
+    operand: Memory
+    scale: Memory
+    experts: Memory
+    hidden: Memory
+    hidden_scale: Memory
+    partial: Memory
+
+
+def _multiply_fp8(
+    layer: LayerConfig,
+    choice: Pairs,
+    tensors: list[torch.Tensor | None],
+    between: Between,
+    positions: int,
+    sms: int,
+) -> None:
+    """Both GEMMs of an FP8 layer."""
+    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
+    operand, scale, experts, hidden, hidden_scale, partial = between
+    activation, grid = layer.activation, sms // 2 * 2
+    constants = activation.limit or 0.0, activation.alpha, activation.beta
+    first, second = _kernels(layer, choice)
+    launch(
+        first, grid, THREADS,
+        [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h), scale, w13_scale,
+         experts, hidden, hidden_scale, *constants, i, h, positions, w13_scale.shape[1] // 2,
+         w13_scale.shape[2]],
+    )  # fmt: skip
+    launch(
+        second, grid, THREADS,
+        [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i), hidden_scale, w2_scale,
+         experts, partial, hidden_scale, *constants, h, i, positions, w2_scale.shape[1],
+         w2_scale.shape[2]],
+    )  # fmt: skip
+
+
+def _multiply_nvfp4(
+    layer: LayerConfig,
+    choice: Pairs,
+    tensors: list[torch.Tensor | None],
+    between: Between,
+    positions: int,
+    sms: int,
+) -> None:
+    """Both GEMMs of an NVFP4 layer."""
+    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
+    activation, grid, columns = layer.activation, sms // 2 * 2, padded(i)
+    constants = activation.limit or 0.0, activation.alpha, activation.beta
+    first, second = _kernels(layer, choice)
+    launch(
+        first, grid, THREADS,
+        [rows_of(between.operand, positions, 2 * h, NVFP4_BOX), gate_up_codes(layer, w13),
+         w13_scale, w13_global, between.experts, between.hidden, *constants, columns, h,
+         w13_scale.shape[1] // 2, w13_scale.shape[2]],
+    )  # fmt: skip
+    launch(
+        second, grid, THREADS,
+        [rows_of(between.hidden, positions, 2 * columns, NVFP4_BOX),
+         rows_of(w2, e * h, i // 2, WEIGHT_BOX), w2_scale, w2_global, between.experts,
+         between.partial, *constants, h, columns, w2_scale.shape[1], w2_scale.shape[2]],
+    )  # fmt: skip
 
 
 @lru_cache
 def _kernels(layer: LayerConfig, choice: Pairs) -> list[Kernel]:
     """Of the first and of the second GEMM."""
     check(layer, choice)
+    fp8 = layer.format == Fp8BlockWeights.name
+    name = "pairs" if fp8 else "pairs_nvfp4"
+    constants = {
+        "EXPERTS": layer.num_local_experts,
+        "STAGES": choice.stages,
+        "ACTIVATION": ACTIVATIONS[layer.activation.kind],
+        "SHARED_BYTES": SHARED_BYTES,
+    }
+    if not fp8:
+        constants |= {
+            "CODES": pairs_code_stages(layer, choice),
+            "PADDED": int(layer.intermediate_size != padded(layer.intermediate_size)),
+        }
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
-        assert block is not None
-        constants = {
-            "GATED": gated,
-            "STAGES": choice.stages,
-            "EXPERTS": layer.num_local_experts,
-            "ACTIVATION": ACTIVATIONS[layer.activation.kind],
-            "SCALE_N": block[0],
-            "SCALE_K": block[1],
-            "SHARED_BYTES": SHARED_BYTES,
-        }
-        kernels.append(Kernel(SOURCE, "pairs", tuple(constants.items()), SHARED_BYTES, cluster=2))
+        own = {"GATED": gated}
+        if fp8:
+            assert block is not None
+            own |= {"SCALE_N": block[0], "SCALE_K": block[1]}
+        every = tuple((constants | own).items())
+        kernels.append(Kernel(FOLDER / f"{name}.cu", name, every, SHARED_BYTES, cluster=2))
     return kernels
-
-
-def _rows(matrix: torch.Tensor | Memory, rows: int, width: int) -> TensorMap:
-    """Of rows of so many bytes, boxes of 64 rows and 128 bytes."""
-    return TensorMap(matrix, (width, rows), (width,), (128, BOX))
 
 
 def _matrices(weights: torch.Tensor, count: int, rows: int, width: int) -> TensorMap:
     """The same of several matrices, so that a box ends with its own."""
-    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, BOX, 1))
+    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, WEIGHT_BOX, 1))
 
 
 def check(layer: LayerConfig, choice: Pairs) -> None:

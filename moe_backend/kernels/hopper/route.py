@@ -32,7 +32,8 @@ class Routed(NamedTuple):
             columns in the order of `device._nvfp4_position`. Rows are tokens, or positions.
         position: int32 `[slots]`, -1 for slots that are left out.
         token_of: int32 `[positions]`; undefined where no slot is.
-        experts: int32, how many were hit and of each expert, first position and end position.
+        experts: int32, how many were hit and of each expert, first position and end position; in
+            ascending order of experts, or for `pairs_nvfp4.cu` in descending order of their slots.
         counters: int32, zeros.
         counts: int32 `[CHUNKS, experts]`, for `route` itself if there are many slots.
     """
@@ -130,6 +131,8 @@ def _route(layer: LayerConfig, mapped: bool, long_ids: bool, counted: bool, sort
         "QUANTISED": int(quantised),
         "CHUNKS": CHUNKS if counted else 0,
         "SORTED": int(sort),
+        # A thread counts how many have more for each of its experts, which takes long for many.
+        "DESCENDING": int(sort and not quantised and layer.num_local_experts <= ROUTE_THREADS),
         "PIECES": PIECES if counted else 1,
     }
     slots = ROUTE_THREADS // layer.top_k * layer.top_k

@@ -131,7 +131,7 @@ class Few:
 
 @dataclass(frozen=True)
 class Wide:
-    """NVFP4 with many tokens per expert (`wide.py`).
+    """NVFP4 with many tokens per expert, where CUDA C++ cannot be compiled (`wide.py`).
 
     Attributes:
         tokens: halves of a step of 256 columns for whose tokens shared memory has room, from 2.
@@ -185,17 +185,17 @@ class Flow:
 
 @dataclass(frozen=True)
 class Pairs:
-    """FP8 with many tokens per expert, by pairs of blocks that share operands (`pairs.py`).
+    """FP8 and NVFP4, many tokens per expert, by pairs of blocks that share operands (`pairs.py`).
 
     Attributes:
-        stages: steps of 128 columns that shared memory holds.
+        stages: steps of 128 columns that shared memory holds; with NVFP4 of tokens alone.
     """
 
     stages: int
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
-        return 128, 128
+        return (128, 128) if layer.format == Fp8BlockWeights.name else None
 
 
 Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow | Pairs
@@ -237,13 +237,13 @@ ONCE_BYTES = 400e6
 # and 384.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
-# NVFP4 items of 128 hidden columns, of all experts hit, below which they have 64 instead: one and a
-# half for each of an H200's multiprocessors. Measured at 96 and 160, and far above.
-FLOW_ITEMS = 200
+# NVFP4 items of 128 hidden columns or 256 outputs, of all experts hit, below which they have half
+# as many: three for each of an H200's multiprocessors. Measured at 192, 320, 500 and far above.
+FLOW_ITEMS = 400
 FLOW_NARROW = 384
 FLOW_MOST_SLOTS = 1 << 17
-# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows; and steps that
-# shared memory holds where pairs of blocks share what they read.
+# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows; and the most
+# steps that shared memory holds where pairs of blocks share what they read.
 MANY, MANY_NARROW = 14, 20
 PAIRS_STAGES = 4
 WIDE = 24  # and for NVFP4
@@ -283,7 +283,7 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
 
 def _paired(layer: LayerConfig, tokens: int) -> Pairs | None:
     """Where pairs of blocks share what they read."""
-    choice = Pairs(PAIRS_STAGES)
+    choice = pairs(layer)
     many = tokens * layer.top_k >= MANY * layer.num_experts
     fits = all(holds for holds, _ in pairs_needs(layer, choice))
     return choice if many and fits and build.missing() is None else None
@@ -305,8 +305,6 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
     if layer.format == Bf16Weights.name or build.missing() is not None:
         return None
     quantised = layer.format == Fp8BlockWeights.name
-    if not quantised and layer.intermediate_size % 256:
-        return None  # not measured yet; tuning tries it
     narrow = quantised and layer.intermediate_size <= FLOW_NARROW
     tile = _flow_tile(slots)
     if (tile > 64 and not narrow) or tokens * layer.top_k > FLOW_MOST_SLOTS:
@@ -439,21 +437,47 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
 
 def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
     """The same for `pairs.py`."""
-    if layer.format != Fp8BlockWeights.name:
-        return [(False, "FP8")]
+    if layer.format not in (Fp8BlockWeights.name, Nvfp4Weights.name):
+        return [(False, "FP8 or NVFP4")]
+    sizes = layer.hidden_size, layer.intermediate_size
+    fits = 2 <= choice.stages <= PAIRS_STAGES
+    needs = [
+        (fits, f"2 to {PAIRS_STAGES} stages, which fit into shared memory"),
+        (layer.top_k <= MOST_TOP_K, f"at most {MOST_TOP_K} slots of a token"),
+    ]
+    if layer.format == Nvfp4Weights.name:
+        return [
+            *needs,
+            (pairs_code_stages(layer, choice) >= 2, "room for two steps of codes beside them"),
+            (sizes[0] % 256 == 0, "a hidden size that is a multiple of 256"),
+            (sizes[1] % 64 == 0, "an intermediate size that is a multiple of 64"),
+        ]
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
-    sizes = layer.hidden_size, layer.intermediate_size
-    fits = 2 <= choice.stages <= PAIRS_STAGES
     return [
-        (fits, f"2 to {PAIRS_STAGES} stages, which fit into shared memory"),
-        (layer.top_k <= MOST_TOP_K, f"at most {MOST_TOP_K} slots of a token"),
+        *needs,
         (all(size % 16 == 0 for size in sizes), "hidden and intermediate sizes in 16s"),
         (n13 % 64 == 0 or n13 == 32, "scales of w13 for 32 rows, or multiples of 64"),
         (n2 % 128 == 0 or n2 in (32, 64), "scales of w2 for 32 or 64 rows, or multiples of 128"),
         (all(k % 128 == 0 or k in (32, 64) for k in (k13, k2)), "scales for 32 columns or more"),
     ]
+
+
+def pairs(layer: LayerConfig) -> Pairs:
+    """As many stages as fit: fewer than the most with NVFP4 and very many experts."""
+    stages = PAIRS_STAGES
+    if layer.format == Nvfp4Weights.name:
+        while stages > 2 and pairs_code_stages(layer, Pairs(stages)) < 2:
+            stages -= 1
+    return Pairs(stages)
+
+
+def pairs_code_stages(layer: LayerConfig, choice: Pairs) -> int:
+    """Steps of NVFP4 codes that fit beside the tokens; `cuda/pairs_nvfp4_shared.cuh` is exact."""
+    staging, hits = 2 * 8192, 16 * (layer.num_local_experts + 1)
+    tokens = choice.stages * (128 * 256 + 64)
+    return (SHARED_BYTES - 1024 - staging - hits - tokens) // (4 * (8192 + 1024) + 16)
 
 
 def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
@@ -491,7 +515,8 @@ def flow_nvfp4(layer: LayerConfig, tokens: int) -> Flow:
     """NVFP4's tiles for so many tokens: short items where there are few."""
     slots = tokens * layer.top_k / layer.num_experts
     tile = min(_flow_tile(slots), 64)
-    items = layer.num_local_experts * (1 - exp(-slots)) * cdiv(layer.intermediate_size, 128)
+    blocks = cdiv(layer.intermediate_size, 256) * 2 + cdiv(layer.hidden_size, 256)
+    items = layer.num_local_experts * (1 - exp(-slots)) * blocks
     return flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
 
 

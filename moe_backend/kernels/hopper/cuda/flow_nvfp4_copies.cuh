@@ -6,45 +6,16 @@
 #pragma once
 
 #include "flow_items.cuh"
+#include "nvfp4_scales.cuh"
 
 constexpr int EIGHT_BYTES = 8 * TOKEN_BYTES;
-
-// Where 32 hidden columns, the block's part of so many, begin: of each group of 256 columns a part has eight
-// columns of each 64. They lie side by side in the order of hidden columns.
-DEVICE int first_column(const Item& item, int part) {
-    const int nth = item.block * PARTS + part;
-    return nth / 8 * 256 + nth % 8 * 8;
-}
 
 // A part's codes, by one thread.
 template <bool GATED>
 DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, int k0, u64* full) {
-    const int column = first_column(item, part);
+    const int column = first_column(item.block * PARTS + part);
     if (GATED) copy_box(to, layer.w13, k0 / 2, column % 64, 0, column / 64, item.expert, full);
     else copy_box(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
-}
-
-// 16 scales of a gate or an up row: a warp's 16 rows are eight of gate, eight of up. Zeros for rows of padding.
-DEVICE void copy_row_scales13(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
-    const int hidden = first_column(item, part) + r / 16 * 64 + r % 8, rows = layer.scale_rows13;
-    const bool there = !PADDED || hidden < rows;
-    const int row = (2 * item.expert + r / 8 % 2) * rows + (there ? hidden : 0);
-    copy_sixteen(to, layer.w13_scale + static_cast<long long>(row) * layer.scale_columns13 + column, there);
-}
-
-// 16 scales of an output row; if PADDED there may be fewer in the last step, in fours, and zeros behind them.
-DEVICE void copy_row_scales2(const Layer& layer, const Item& item, u8* to, int part, int r, int column) {
-    const int row = item.expert * layer.H + item.block * ROWS + part * 64 + r;
-    const u8* from = layer.w2_scale + static_cast<long long>(row) * layer.scale_columns2;
-    if (PADDED) {
-#pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-            const bool there = column + i < layer.scale_columns2;
-            copy_four(to + i, from + (there ? column + i : 0), there);
-        }
-    } else {
-        copy_sixteen(to, from + column, true);
-    }
 }
 
 // 16 scales of each of a part's rows, in the order of the rows.
@@ -55,8 +26,14 @@ DEVICE void copy_weight_scales(const Layer& layer, const Item& item, u8* to, int
 #pragma unroll
         for (int r = lane; r < 64; r += 32) {
             u8* own = to + part * PART_SCALES + r * 16;
-            if (GATED) copy_row_scales13(layer, item, own, part, r, k0 / 16);
-            else copy_row_scales2(layer, item, own, part, r, k0 / 16);
+            const int nth = item.block * PARTS + part;
+            if (GATED) {
+                copy_gate_up_scales(own, layer.w13_scale, layer.scale_rows13, layer.scale_columns13, item.expert,
+                                    first_column(nth), r, k0 / 16);
+            } else {
+                copy_down_scales(own, layer.w2_scale, layer.scale_columns2, item.expert * layer.H + nth * 64 + r,
+                                 k0 / 16);
+            }
         }
     }
 }

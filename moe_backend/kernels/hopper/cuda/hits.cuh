@@ -57,13 +57,13 @@ DEVICE int find_hit(const Hit* hits, int count, int n) {
     return low;
 }
 
-// A place in the ring, and the parity of its turn.
-struct Ring {
+// A place in a ring, and the parity of its turn.
+template <int LENGTH> struct RingOf {
     int stage = 0;
     int phase = 0;
 
     DEVICE void advance() {
-        if (++stage == STAGES) {
+        if (++stage == LENGTH) {
             stage = 0;
             phase ^= 1;
         }
@@ -72,3 +72,4 @@ struct Ring {
         for (int i = 0; i < steps; i++) advance();
     }
 };
+typedef RingOf<STAGES> Ring;

@@ -59,6 +59,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
             multiply_item<false>(layer, shared, item, ring, place);
         }
     }
+    __syncwarp();  // together to the end, where blocks meet
 }
 
 // tokens: `[positions, K]` e4m3 in boxes of 64 and 128; weights: `[experts * (gate, up), N, K]`, or without the pair,

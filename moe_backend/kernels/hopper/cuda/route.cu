@@ -14,8 +14,8 @@
 // Nothing depends on the order in which threads run: what they add together are whole numbers.
 //
 // Compile-time constants: EXPERTS (local), NUM_IDS (ids from there on are left out, as -1 is), TOP_K, HAS_MAP,
-// IDS64, WEIGHT_ON_INPUT (with TOP_K 1), QUANTISED, CHUNKS (0: none), SORTED, PIECES (of 256 columns, which a warp
-// has on their way).
+// IDS64, WEIGHT_ON_INPUT (with TOP_K 1), QUANTISED, CHUNKS (0: none), SORTED, DESCENDING (the list), PIECES (of 256
+// columns, which a warp has on their way).
 #include "warps.cuh"
 
 constexpr int THREADS = 512;
@@ -124,6 +124,15 @@ DEVICE void start_experts(Shared& shared) {
     __syncthreads();
 }
 
+// An expert's place in a list in which those that have more slots come first, so that items of like sizes are dealt out
+// together.
+DEVICE int place_of(const Shared& shared, int expert) {
+    const int own = shared.total[expert];
+    int place = 0;
+    for (int e = 0; e < EXPERTS; e++) place += shared.total[e] > own || (shared.total[e] == own && e < expert);
+    return place;
+}
+
 // How many experts have slots, and of each three numbers: expert, first position, end position.
 DEVICE void list_experts(Shared& shared, int* list) {
     int hit = 0;
@@ -135,10 +144,11 @@ DEVICE void list_experts(Shared& shared, int* list) {
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
         if (e >= EXPERTS || shared.total[e] == 0) continue;
-        int* entry = list + 1 + 3 * n++;
+        int* entry = list + 1 + 3 * (DESCENDING ? place_of(shared, e) : n);
         entry[0] = e;
         entry[1] = shared.start[e];
         entry[2] = shared.start[e] + shared.total[e];
+        n++;
     }
     if (threadIdx.x == THREADS - 1) list[0] = n;
 }
@@ -196,7 +206,7 @@ struct Rows {
 
     template <class Store> DEVICE void each(Store store) const {
         if constexpr (SORTED) {
-#pragma unroll
+#pragma unroll 1
             for (int k = 0; k < TOP_K; k++) {
                 if (positions[k] >= 0) store(static_cast<long long>(positions[k]));
             }
@@ -206,36 +216,56 @@ struct Rows {
     }
 };
 
-// A thread's eight columns as codes, with the scale that they share with those of 15 more threads.
-DEVICE void quantise(const Piece& piece, float weight, const Rows& to, int column, int H, u8* operand,
-                     float* operand_scale) {
-    const u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
-    float values[8], amax = 0.0f;
+// A thread's eight columns as codes, and the largest number, which they share with those of 15 more threads.
+struct Codes {
+    uint2 bits;
+    float amax;
+
+    DEVICE void quantise(const Piece& piece, float weight) {
+        const u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
+        float values[8];
+        amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        values[2 * i] = low_bf16(pairs[i]);
-        values[2 * i + 1] = high_bf16(pairs[i]);
-        if (WEIGHT_ON_INPUT) values[2 * i] *= weight, values[2 * i + 1] *= weight;
-        amax = fmaxf(amax, fmaxf(fabsf(values[2 * i]), fabsf(values[2 * i + 1])));
+        for (int i = 0; i < 4; i++) {
+            values[2 * i] = low_bf16(pairs[i]);
+            values[2 * i + 1] = high_bf16(pairs[i]);
+            if (WEIGHT_ON_INPUT) values[2 * i] *= weight, values[2 * i + 1] *= weight;
+            amax = fmaxf(amax, fmaxf(fabsf(values[2 * i]), fabsf(values[2 * i + 1])));
+        }
+#pragma unroll
+        for (int by = 1; by < 16; by *= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL, amax, by));
+        const float factor = codes_per_unit(amax);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] *= factor;
+        bits = {to_fp8(values[0], values[1], values[2], values[3]), to_fp8(values[4], values[5], values[6], values[7])};
     }
+};
+
+// A warp's part of a token quantised; what goes to several rows is made once.
+DEVICE void store_codes(const Part& part, float weight, const Rows& to, int column, int H, u8* operand,
+                        float* operand_scale) {
+    constexpr int AT_ONCE = SORTED ? PIECES : 1;
 #pragma unroll
-    for (int by = 1; by < 16; by *= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL, amax, by));
-    if (column >= H) return;
-    const float factor = codes_per_unit(amax);
+    for (int first = 0; first < PIECES; first += AT_ONCE) {
+        Codes codes[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] *= factor;
-    const uint2 codes = {to_fp8(values[0], values[1], values[2], values[3]),
-                         to_fp8(values[4], values[5], values[6], values[7])};
-    to.each([&](long long row) {
-        *reinterpret_cast<uint2*>(operand + row * H + column) = codes;
-        if (column % 128 == 0) operand_scale[static_cast<long long>(column / 128) * to.rows + row] = unit_of_codes(amax);
-    });
+        for (int i = 0; i < AT_ONCE; i++) codes[i].quantise(part.pieces[first + i], weight);
+        to.each([&](long long row) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int own = column + 256 * (first + i);
+                if (own >= H) continue;
+                *reinterpret_cast<uint2*>(operand + row * H + own) = codes[i].bits;
+                if (column % 128 != 0) continue;
+                operand_scale[static_cast<long long>(own / 128) * to.rows + row] = unit_of_codes(codes[i].amax);
+            }
+        });
+    }
 }
 
 // A warp's 256 columns in the order in which the decoder of NVFP4 yields codes: of a thread's eight, neighbours in
 // one of four times 64, the even ones come before all odd ones.
-DEVICE void reorder(const Piece& piece, float weight, u32* ordered, const Rows& to_rows, int column, int H,
-                    u8* operand) {
+DEVICE uint4 reorder(const Piece& piece, float weight, u32* ordered) {
     u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
     if (WEIGHT_ON_INPUT) {
 #pragma unroll
@@ -250,10 +280,23 @@ DEVICE void reorder(const Piece& piece, float weight, u32* ordered, const Rows& 
     }
     __syncwarp();
     const uint4 bits = *reinterpret_cast<const uint4*>(ordered + 4 * lane);
-    if (column < H) {
-        to_rows.each([&](long long row) { *reinterpret_cast<uint4*>(operand + (row * H + column) * 2) = bits; });
-    }
     __syncwarp();
+    return bits;
+}
+
+// A warp's part of a token in that order.
+DEVICE void store_reordered(const Part& part, float weight, u32* ordered, const Rows& to, int column, int H,
+                            u8* operand) {
+    uint4 bits[PIECES];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) bits[i] = reorder(part.pieces[i], weight, ordered);
+    to.each([&](long long row) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int own = column + 256 * i;
+            if (own < H) *reinterpret_cast<uint4*>(operand + (row * H + own) * 2) = bits[i];
+        }
+    });
 }
 
 // Slots of each expert in each chunk of `each` slots: `[CHUNKS, EXPERTS]`, a block for a chunk.
@@ -320,12 +363,9 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
             const int token = first + inside;
             const float weight = WEIGHT_ON_INPUT ? topk_weights[token] : 1.0f;
             const Rows to = {token, rows, shared.position + inside * TOP_K};
-#pragma unroll
-            for (int i = 0; i < PIECES; i++) {
-                const int column = job % parts * PART + 256 * i + 8 * lane;
-                if (QUANTISED) quantise(part.pieces[i], weight, to, column, H, operand, operand_scale);
-                else reorder(part.pieces[i], weight, shared.ordered[warp], to, column, H, operand);
-            }
+            const int column = job % parts * PART + 8 * lane;
+            if (QUANTISED) store_codes(part, weight, to, column, H, operand, operand_scale);
+            else store_reordered(part, weight, shared.ordered[warp], to, column, H, operand);
         }
         __syncthreads();
     }

@@ -48,10 +48,14 @@ template <int N> DEVICE void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u6
 #define LIST_16 LIST_12 ", %12, %13, %14, %15"
 #define LIST_24 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define LIST_32 LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_40 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define LIST_48 LIST_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define LIST_56 LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define LIST_64 LIST_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define LIST_36 LIST_32 ", %32, %33, %34, %35"
+#define LIST_40 LIST_36 ", %36, %37, %38, %39"
+#define LIST_44 LIST_40 ", %40, %41, %42, %43"
+#define LIST_48 LIST_44 ", %44, %45, %46, %47"
+#define LIST_52 LIST_48 ", %48, %49, %50, %51"
+#define LIST_56 LIST_52 ", %52, %53, %54, %55"
+#define LIST_60 LIST_56 ", %56, %57, %58, %59"
+#define LIST_64 LIST_60 ", %60, %61, %62, %63"
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define EIGHT(i) FOUR(i), FOUR(i + 4)
 #define SIXTEEN(i) EIGHT(i), EIGHT(i + 8)
@@ -89,7 +93,13 @@ WGMMA_BF16(24, 12, 12, 13, 14, 15, 16, 17, EIGHT(0), FOUR(8))
 WGMMA_BF16(32, 16, 16, 17, 18, 19, 20, 21, SIXTEEN(0))
 WGMMA_BF16(48, 24, 24, 25, 26, 27, 28, 29, SIXTEEN(0), EIGHT(16))
 WGMMA_BF16(64, 32, 32, 33, 34, 35, 36, 37, SIXTEEN(0), SIXTEEN(16))
+WGMMA_BF16(72, 36, 36, 37, 38, 39, 40, 41, SIXTEEN(0), SIXTEEN(16), FOUR(32))
+WGMMA_BF16(80, 40, 40, 41, 42, 43, 44, 45, SIXTEEN(0), SIXTEEN(16), EIGHT(32))
+WGMMA_BF16(88, 44, 44, 45, 46, 47, 48, 49, SIXTEEN(0), SIXTEEN(16), EIGHT(32), FOUR(40))
 WGMMA_BF16(96, 48, 48, 49, 50, 51, 52, 53, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32))
+WGMMA_BF16(104, 52, 52, 53, 54, 55, 56, 57, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), FOUR(48))
+WGMMA_BF16(112, 56, 56, 57, 58, 59, 60, 61, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48))
+WGMMA_BF16(120, 60, 60, 61, 62, 63, 64, 65, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48), FOUR(56))
 WGMMA_BF16(128, 64, 64, 65, 66, 67, 68, 69, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
 
 #undef WGMMA_BF16

@@ -1,0 +1,49 @@
+// Outputs before the sum, of GEMMs with weights first: from where MMAs leave them to rows in memory.
+#pragma once
+
+#include "hits.cuh"
+
+// A warp group's outputs: of COUNT parts of 64 weight rows, every `apart`th from `part` on, with N tokens. They are turned
+// around in shared memory, TURNED tokens at once, so that a thread stores 16 bytes.
+//
+// turned: COUNT * TURNED * 128 bytes; outputs: `[rows, H]` bf16, the item's from first_row and first_column on; parts:
+// that there are.
+template <int N, int COUNT, int TURNED, class Place>
+DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, u16* outputs, int H, int first_row,
+                          int first_column, int item_tokens, int part, int apart, int parts, const Place& place) {
+    constexpr int PART = TURNED * 128;
+    // Of a token's 64 outputs, eight pieces of 16 bytes, which change places with the token: against
+    // bank conflicts.
+    const int piece = 2 * place.warp + (place.lane >> 3 & 1), token = place.lane & 7;
+    u8* row = turned + token * 128 + (piece ^ token) * 16;
+    // What a thread stores: a piece of every 16th token.
+    const int thread = 32 * place.warp + place.lane, n = thread >> 3, c = thread & 7;
+    const u8* from = turned + n * 128 + (c ^ (n & 7)) * 16;
+    u16* to = outputs + static_cast<long long>(first_row + n) * H + first_column + c * 8;
+#pragma unroll
+    for (int first = 0; first < N; first += TURNED) {
+        const int tokens = least(N - first, TURNED);
+        named_sync(2 + place.group, 128);  // what was here before has been stored
+#pragma unroll
+        for (int b = 0; b < COUNT; b++) {
+#pragma unroll
+            for (int j = first / 8; j < (first + tokens) / 8; j++) {
+                const float(&d)[N / 2] = sums[b];
+                store_transposed(row + b * PART + (8 * j - first) * 128, to_bf16(d[4 * j], d[4 * j + 1]),
+                                 to_bf16(d[4 * j + 2], d[4 * j + 3]));
+            }
+        }
+        named_sync(2 + place.group, 128);
+#pragma unroll
+        for (int b = 0; b < COUNT; b++) {
+            const int own = part + apart * b;
+            if (own >= parts) continue;
+#pragma unroll
+            for (int m = 0; m < tokens; m += 16) {
+                if (first + m + n >= item_tokens) continue;
+                *reinterpret_cast<uint4*>(to + static_cast<long long>(first + m) * H + own * 64) =
+                    *reinterpret_cast<const uint4*>(from + b * PART + m * 128);
+            }
+        }
+    }
+}

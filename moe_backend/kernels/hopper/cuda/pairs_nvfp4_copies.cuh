@@ -1,0 +1,106 @@
+// pairs_nvfp4.cu: the items that there are, and the warps that keep the rings filled.
+#pragma once
+
+#include "nvfp4_scales.cuh"
+#include "pairs_nvfp4_shared.cuh"
+
+// Items of an expert for a pair of blocks: tiles of its tokens, each with two blocks of weight rows at a time.
+DEVICE int items_of(int tokens, int blocks) { return ceil_div(tokens, TILE) * ceil_div(blocks, 2); }
+
+// The pair's nth item, as block `rank` of the pair sees it. Tiles that share weights follow each other.
+DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int n, int rank) {
+    Item item = {};
+    if (n >= shared.hits[count].before) return item;
+    const Hit hit = shared.hits[find_hit(shared.hits, count, n)];
+    const int tokens = hit.end - hit.start, tiles = ceil_div(tokens, TILE), inside = n - hit.before;
+    const int each = 8 * ceil_div(tokens, 8 * tiles);
+    item.block = inside / tiles * 2 + rank;
+    item.kind = item.block < layer.blocks() ? WORK : IDLE;
+    item.expert = hit.expert;
+    item.start = hit.start + inside % tiles * each;
+    item.tokens = min(each, hit.end - item.start);
+    return item;
+}
+
+// The nth item of a pair, of those that are dealt out in turn, there and back: the pair that is last in one round is
+// first in the next. With experts in descending order all get about as much.
+DEVICE int deal(int n) {
+    const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
+    return n * pairs + (n % 2 ? pairs - 1 - pair : pair);
+}
+
+// Tokens of all items. Of a step's four matrices of 64 columns a half needs one of even and one of odd columns:
+// `MATRIX_BYTES` each, of which each block of the pair brings one to both.
+DEVICE void copy_tokens(const Layer& layer, Shared& shared, int count) {
+    const int lane = threadIdx.x % 32, rank = cluster_rank();
+    Ring ring;
+    for (int n = 0;; n++) {
+        const Item item = find_item(layer, shared, count, deal(n), rank);
+        if (item.kind == END) break;
+        const int boxes = ceil_div(item.tokens, BOX);
+        for (int half = 0; half < 2 * layer.steps(); half++, ring.advance()) {
+            u64* full = &shared.full[ring.stage];
+            // Both blocks have read what was there: what one copies lands in the other as well.
+            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            if (lane == 0) {
+                if (half == 0) shared.items[ring.stage] = item;
+                barrier_expect(full, 2 * boxes * BOX_BYTES);
+            }
+            __syncwarp();
+            if (lane < boxes) {
+                const int x = (half / 2 * 4 + 2 * rank + half % 2) * LINE;
+                u8* to = shared.tokens[ring.stage] + rank * MATRIX_BYTES + lane * BOX_BYTES;
+                copy_box_to_all(to, layer.tokens, x, item.start + lane * BOX, full, 3);
+            }
+        }
+    }
+    barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    if (lane == 0) {
+        shared.items[ring.stage].kind = END;
+        barrier_arrive(&shared.full[ring.stage]);
+    }
+    __syncwarp();  // together to the end, where blocks meet
+}
+
+// A part's codes, by one thread.
+DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, int k0, u64* full) {
+    const int nth = item.block * PARTS + part, column = first_column(nth);
+    if (GATED) copy_box(to, layer.weights, k0 / 2, column % 64, 0, column / 64, item.expert, full);
+    else copy_box(to, layer.weights, k0 / 2, item.expert * layer.rows + nth * 64, full);
+}
+
+// Codes of all items, with their block scales: 16 of each row, in the order of the rows.
+DEVICE void copy_codes(const Layer& layer, Shared& shared, int count) {
+    const int lane = threadIdx.x % 32, rank = cluster_rank();
+    CodeRing ring;
+    for (int n = 0;; n++) {
+        const Item item = find_item(layer, shared, count, deal(n), rank);
+        if (item.kind == END) break;
+        if (item.kind == IDLE) continue;
+        for (int k0 = 0; k0 < layer.depth; k0 += STEP, ring.advance()) {
+            u64* full = &shared.codes_full[ring.stage];
+            barrier_wait(&shared.codes_empty[ring.stage], ring.phase ^ 1);
+            if (lane == 0) {
+                barrier_expect(full, PARTS * PART_BYTES);
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+                    copy_part(layer, item, shared.codes[ring.stage] + part * PART_BYTES, part, k0, full);
+                }
+            }
+#pragma unroll(PADDED ? 2 : 2 * PARTS)  // then fours, for which there are not as many registers
+            for (int i = 0; i < 2 * PARTS; i++) {
+                const int nth = item.block * PARTS + i / 2, r = i % 2 * 32 + lane;
+                u8* to = shared.scales[ring.stage] + i / 2 * PART_SCALES + r * 16;
+                if (GATED) {
+                    copy_gate_up_scales(to, layer.weight_scale, layer.scale_rows, layer.scale_columns, item.expert,
+                                        first_column(nth), r, k0 / 16);
+                } else {
+                    copy_down_scales(to, layer.weight_scale, layer.scale_columns,
+                                     item.expert * layer.rows + nth * 64 + r, k0 / 16);
+                }
+            }
+            arrive_with_copies(full);
+        }
+    }
+    __syncwarp();  // as above
+}

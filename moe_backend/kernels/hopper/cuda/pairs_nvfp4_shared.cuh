@@ -1,0 +1,73 @@
+// pairs_nvfp4.cu: its sizes, what an item is, what the layer is, and what is in shared memory.
+#pragma once
+
+#include "hits.cuh"
+
+constexpr int STEP = 256;                     // columns of K whose codes come together
+constexpr int LINE = 128;                     // bytes of a row in shared memory: 256 codes, or 64 bf16
+constexpr int TILE = 128, BOX = 16;           // tokens of a tile at most, and of a copy
+constexpr int BOX_BYTES = BOX * LINE;
+constexpr int MATRIX_BYTES = TILE * LINE;     // 64 columns of a tile's tokens; a half of a step has two such
+constexpr int WARP_GROUPS = 2, BLOCKS = 2;    // that multiply; parts of each
+constexpr int PARTS = WARP_GROUPS * BLOCKS;   // of an item
+constexpr int PART_BYTES = 64 * LINE, PART_SCALES = 64 * 16;  // in a step
+constexpr int ROWS = (GATED ? 32 : 64) * PARTS;               // hidden columns or outputs of an item
+constexpr int CONSUMER_WARPS = 4 * WARP_GROUPS;
+constexpr int THREADS = 32 * CONSUMER_WARPS + 128;
+// Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
+constexpr int COPY_REGISTERS = 40, REGISTERS = 232;
+constexpr int TURNED = 32;                    // tokens whose results are turned around at once
+constexpr int HIDDEN_BYTES = 64 * BLOCKS + 16;  // of a token, a warp group's; odd 16s, against bank conflicts
+constexpr int STAGING_BYTES = TURNED * (GATED ? HIDDEN_BYTES : BLOCKS * LINE);  // of a warp group
+
+enum { END = 0, WORK = 1, IDLE = 2 };
+
+struct alignas(16) Item {
+    int kind;    // END: there are no more; IDLE: only the other block of the pair has work
+    int expert;
+    int block;   // of hidden columns, or of output rows
+    int start;   // first position
+    int tokens;
+};
+
+typedef RingOf<CODES> CodeRing;
+
+struct Shared {
+    u8 tokens[STAGES][2 * MATRIX_BYTES];
+    u8 codes[CODES][PARTS * PART_BYTES];
+    u8 scales[CODES][PARTS * PART_SCALES];
+    u8 staging[WARP_GROUPS][STAGING_BYTES];
+    Item items[STAGES];
+    Hit hits[EXPERTS + 1];
+    int warp_totals[THREADS / 32];
+    u64 full[STAGES], empty[STAGES];  // of tokens
+    u64 codes_full[CODES], codes_empty[CODES];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
+
+struct Layer {
+    const TensorMap *tokens, *weights;
+    const u8* weight_scale;
+    const float* weight_global;
+    const int* list;
+    u16* out;
+    float limit, alpha, beta;
+    int rows, depth, scale_rows, scale_columns;
+
+    DEVICE int blocks() const { return ceil_div(rows, ROWS); }
+    DEVICE int steps() const { return depth / STEP; }
+};
+
+// Number of a consumer's warp group, and of its warp and lane therein.
+struct Place {
+    int group, warp, lane;
+
+    DEVICE int row() const { return lane / 4; }
+    DEVICE int column() const { return lane % 4 * 2; }
+};
+
+// A warp has read all of a half step's tokens: both blocks may copy there. Only MMAs read them.
+DEVICE void release_tokens(Shared& shared, int stage, const Place& place) {
+    __syncwarp();
+    if (place.lane < 2) barrier_arrive_at(&shared.empty[stage], place.lane);
+}
