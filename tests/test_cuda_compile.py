@@ -452,6 +452,9 @@ DEFAULTS = {
     "deepseek-v3-ep8": {1: Few, 4: Few, 8: Flow},  # hidden 7168
     "deepseek-v4-flash-ep8": {1: Once, 8: Once, 9: Flow, 1024: Flow, 4096: Pairs},
     "deepseek-v4-flash-tp1": {1: Once, 4: Once, 8: Flow, 64: Flow},
+    # Shards that are padded to 256 columns: 64 and 256 slots per expert at 1024 and 4096 tokens.
+    "qwen3-235b-nvfp4-tp8": {8: Few, 16: Flow, 1024: Flow, 4096: Pairs},
+    "qwen3-235b-nvfp4-tp4": {16: Flow, 512: Flow, 1024: Pairs},
     "minimax-m3-ep4": {1: Once, 8: Once},
 }
 

@@ -161,13 +161,6 @@ def test_more_experts_than_threads() -> None:
     problem.check(*problem.run(seed=1))
 
 
-@pytest.mark.parametrize("seed", [3, 56])
-def test_blocks_of_a_pair_begin_together(seed: int) -> None:
-    """With these seeds one uses the other's barriers before they are there, if it does not wait."""
-    problem = Problem(Case((0, 1, 0), 64, 128, (128, 128)))
-    problem.check(*problem.run(seed))
-
-
 def test_nothing_routed() -> None:
     problem = Problem(CASES["one token"])
     problem.list[0] = 0

@@ -473,7 +473,7 @@ inline void start_blocks() {
             auto start = [&m, first = block.index * block.live, live = block.live] {
                 for (int t = 0; t < live; t++) wake(m.fibers[first + t]);
             };
-            if (i == late) later(m.now + some_time(), "a block's start", start);
+            if (i == late) later(m.now + 1 + dice(1u << dice(20)), "a block's start", start);
             else start();
         }
     }
