@@ -267,7 +267,14 @@ def test_a_run_marks_each_rival(on_cpu, monkeypatch):
 
     monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
     monkeypatch.setattr(vllm_rivals, "build", build)
-    rows = run.Bench(H200, ("right",), lambda text: None, "cpu").rows(SMALL, "uniform")
+    kept = []
+
+    def keep(rows):
+        kept.append([list(row.rivals) for row in rows])
+
+    rows = run.Bench(H200, ("right",), lambda text: None, "cpu").rows(SMALL, "uniform", keep)
+    names = ["right", "bad", "unfit", "absent"]
+    assert kept[:5] == [2 * [names[:n]] for n in range(5)]  # what an interrupted run has
     assert [row.tokens for row in rows] == [1, 5]
     for row in rows:
         assert row.ours_us == 7.0
@@ -542,8 +549,12 @@ class FakeBench:
     def __init__(self, rates, wanted, say):
         self.wanted = wanted
 
-    def rows(self, shape, routing):
-        return [Row(shape.name, t, routing, 1.0, 2.0, dict.fromkeys(self.wanted)) for t in (1, 8)]
+    def rows(self, shape, routing, keep):
+        found = [Row(shape.name, t, routing, 1.0, 2.0, dict.fromkeys(self.wanted)) for t in (1, 8)]
+        keep(found)
+        if shape.name == "deepseek-v3-ep8":
+            raise KeyboardInterrupt
+        return found
 
 
 def test_what_a_run_leaves(monkeypatch, tmp_path, capsys):
@@ -564,6 +575,11 @@ def test_what_a_run_leaves(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "vLLM is not installed here: ours is timed alone" in said
     assert "gpt-oss-like zipf: 0 s, 3.0 GiB" in said
+    given = ["bench", "--shape", "minimax-m3", "deepseek-v3-ep8", "--json", str(file)]
+    with pytest.raises(KeyboardInterrupt):
+        main(given)
+    assert [row.case for row in report.read_json(file)[::2]] == ["minimax-m3", "deepseek-v3-ep8"]
+    given = ["bench", "--shape", "minimax-m3", "gpt-oss-like", "--routing", "both"]
     assert main([*given, "--budget", "-1"]) == 1  # nothing was measured
     assert "not measured: minimax-m3 uniform, minimax-m3 zipf" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from moe_backend.kernels.hopper import tiles, wide, wide_device
 from moe_backend.kernels.hopper.device import _nvfp4_position
-from moe_backend.kernels.hopper.tiles import Flow, Stream, Tiles, Wide, choose
+from moe_backend.kernels.hopper.tiles import Flow, Pairs, Stream, Tiles, Wide, choose
 from moe_backend.kernels.hopper.wide import check
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
@@ -151,17 +151,18 @@ def layer(intermediate=2048, **changes):
 
 
 @pytest.mark.parametrize("missing", [None, "no compiler"])
-def test_many_tokens_are_its_business(missing, monkeypatch):
+def test_many_tokens_are_its_business_where_cuda_cannot_be_compiled(missing, monkeypatch):
     monkeypatch.setattr(tiles.build, "missing", lambda: missing)
     for version in ((3, 6), (3, 9)):
         monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
-        assert isinstance(choose(layer(), 4096), Wide)
+        assert isinstance(choose(layer(), 4096), Wide if missing else Pairs)
         assert isinstance(choose(layer(), 1024), Wide if missing else Flow)
         assert isinstance(choose(layer(), 512), Stream if missing else Flow)
-        assert isinstance(choose(layer(320), 4096), Tiles)  # 320 of 512 columns
+        # 320 of 512 columns
+        assert isinstance(choose(layer(320), 4096), Tiles if missing else Pairs)
     assert choose(layer(), 4096).activation_groups(layer()) is None
     monkeypatch.setattr(tiles, "triton_version", lambda: (3, 5))
-    assert isinstance(choose(layer(), 4096), Tiles)
+    assert isinstance(choose(layer(), 4096), Tiles if missing else Pairs)
 
 
 @pytest.mark.parametrize(

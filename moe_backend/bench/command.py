@@ -59,7 +59,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="start no further layer once so long has passed",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, layer by layer")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows, after each backend"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot time over floor (PNG)")
     parser.add_argument(
@@ -114,6 +116,12 @@ def _measure(args: argparse.Namespace) -> list[report.Row]:
         print("vLLM is not installed here: ours is timed alone", file=sys.stderr)
     routings = ROUTINGS if args.routing == "both" else (args.routing,)
     rows: list[report.Row] = []
+
+    def keep(current: list[report.Row]) -> None:
+        """After every backend of a layer, so that an interrupted run leaves what it has."""
+        if args.json:
+            report.write_json([*rows, *current], args.json)
+
     todo = [(shape, routing) for shape in shapes for routing in routings]
     start = time.monotonic()
     with vllm_rivals.context(), _progress() as progress:
@@ -125,13 +133,11 @@ def _measure(args: argparse.Namespace) -> list[report.Row]:
                 print(f"--budget {args.budget:g}: not measured: {left}", file=sys.stderr)
                 break
             torch.cuda.reset_peak_memory_stats()
-            found = bench.rows(shape, routing)
+            found = bench.rows(shape, routing, keep)
             rows += found
             for row in found:
                 print(report.line(row), flush=True)
             _tell(shape, routing, found, time.monotonic() - began)
-            if args.json:  # after every layer, so that an interrupted run leaves what it has
-                report.write_json(rows, args.json)
             free()
     return rows
 

@@ -25,6 +25,7 @@ from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import Kernel, LayerConfig
 
 Results = dict[int, dict[str, Result]]  # by tokens and name
+Keep = Callable[[list[Row]], None]
 
 
 class Bench:
@@ -54,8 +55,12 @@ class Bench:
         }
         self._rivals: dict[tuple[Shape, str], Results] = {}
 
-    def rows(self, shape: Shape, routing: str) -> list[Row]:
-        """Measure one layer at all its token counts."""
+    def rows(self, shape: Shape, routing: str, keep: Keep = lambda rows: None) -> list[Row]:
+        """Measure one layer at all its token counts.
+
+        Args:
+            keep: given the rows as they are, once ours is measured and then after each rival.
+        """
         self.say(f"{shape.name} {routing}: weights")
         weights = shape.weights(self.device)
         inputs = self._inputs(shape, weights, routing)
@@ -66,13 +71,20 @@ class Bench:
             )
             for t, given in inputs.items()
         }  # fmt: skip
+
+        def told(results: Results, suffix: str) -> None:
+            _fill(rows, results, suffix)
+            keep(list(rows.values()))
+
         self._ours(shape, weights, inputs, rows)
+        keep(list(rows.values()))
         if shape.stored == "padded":
-            _fill(rows, self._rivals_on(shape, routing, weights, inputs), "")
+            self._rivals_on(shape, routing, lambda found: told(found, ""), weights, inputs)
         if shape.rivals_of is not None:
             del weights, inputs
             free()
-            _fill(rows, self._rivals_on(shape.rivals_of, routing), f" ({shape.stored})")
+            suffix = f" ({shape.stored})"
+            self._rivals_on(shape.rivals_of, routing, lambda found: told(found, suffix))
         return list(rows.values())
 
     def _inputs(self, shape: Shape, weights: Weights, routing: str) -> dict[int, Inputs]:
@@ -96,20 +108,31 @@ class Bench:
         self,
         shape: Shape,
         routing: str,
+        told: Callable[[Results], None],
         weights: Weights | None = None,
         inputs: dict[int, Inputs] | None = None,
-    ) -> Results:
-        """The rivals' results, measured once: an even split asks for the padded layer's too."""
+    ) -> None:
+        """The rivals' results, measured once: an even split asks for the padded layer's too.
+
+        Args:
+            told: given all results so far, after each rival.
+        """
         if (shape, routing) not in self._rivals:
             if not vllm_rivals.installed() or not self.wanted:
-                return {}
+                return
             if weights is None or inputs is None:
                 weights = shape.weights(self.device)
                 inputs = self._inputs(shape, weights, routing)
-            self._rivals[shape, routing] = self._measured(shape, weights, inputs)
-        return self._rivals[shape, routing]
+            self._rivals[shape, routing] = self._measured(shape, weights, inputs, told)
+        told(self._rivals[shape, routing])
 
-    def _measured(self, shape: Shape, weights: Weights, inputs: dict[int, Inputs]) -> Results:
+    def _measured(
+        self,
+        shape: Shape,
+        weights: Weights,
+        inputs: dict[int, Inputs],
+        told: Callable[[Results], None],
+    ) -> Results:
         results: Results = {t: {} for t in inputs}
         layer = shape.layer(self.device)
         offers = vllm_rivals.build(layer, weights, self.wanted, quick_milliseconds)
@@ -128,6 +151,7 @@ class Bench:
                 del call
             del rival
             free()
+            told(results)
         return results
 
 
