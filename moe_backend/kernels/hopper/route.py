@@ -21,7 +21,9 @@ COMBINE_PER_SM = 3  # blocks of the sum that run together
 # of the routing looks through all. Measured on an H200 at 8,192 (2 us more) and 32,768 (8 less).
 MANY_SLOTS = 1 << 14
 CHUNKS = 32
-PIECES = 4  # of 256 columns of a token that a warp brings at once with many slots; else one
+# Of 256 columns of a token, that a warp brings at once with many slots, or where tokens are copied
+# to positions; else one.
+PIECES = 4
 
 
 class Routed(NamedTuple):
@@ -33,7 +35,8 @@ class Routed(NamedTuple):
         position: int32 `[slots]`, -1 for slots that are left out.
         token_of: int32 `[positions]`; undefined where no slot is.
         experts: int32, how many were hit and of each expert, first position and end position; in
-            ascending order of experts, or for `pairs_nvfp4.cu` in descending order of their slots.
+            ascending order of experts, or for `pairs_nvfp4.cu` with up to ROUTE_THREADS of them in
+            descending order of their slots.
         counters: int32, zeros.
         counts: int32 `[CHUNKS, experts]`, for `route` itself if there are many slots.
     """

@@ -131,7 +131,7 @@ class Few:
 
 @dataclass(frozen=True)
 class Wide:
-    """NVFP4 with many tokens per expert, where CUDA C++ cannot be compiled (`wide.py`).
+    """NVFP4 with many tokens per expert, where `Pairs` cannot run (`wide.py`).
 
     Attributes:
         tokens: halves of a step of 256 columns for whose tokens shared memory has room, from 2.
@@ -232,19 +232,18 @@ ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # once it has begun. On one rank of Step-3.5 2, 4 and 8 tokens hit 250, 480 and 910 MB.
 ONCE_BYTES = 400e6
 # Where weights flow: tokens of a tile by slots per expert, and for FP8 slots from which tiles of up
-# to 64 tokens have 384 rows of weights and not 256; intermediate sizes of FP8 shards that flow
-# beyond, and up to how many slots of a call. Measured from 0.4 to 228, and sizes of 160, 256, 320
-# and 384.
+# to 64 tokens have 384 rows of weights and not 256. Measured from 0.4 to 228.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
 # NVFP4 items of 128 hidden columns or 256 outputs, of all experts hit, below which they have half
 # as many: three for each of an H200's multiprocessors. Measured at 192, 320, 500 and far above.
 FLOW_ITEMS = 400
+# Intermediate sizes of FP8 shards that flow beyond. Measured at 160, 256, 320 and 384.
 FLOW_NARROW = 384
 # The same for NVFP4, and up to how many slots per expert: at 64 it is 1.14 times as fast as `Pairs`
 # with 192 columns, at 256 slots as fast; with 384 columns as fast at 64.
 FLOW_NARROW_NVFP4, FLOW_SLOTS_NVFP4 = 256, 128
-FLOW_MOST_SLOTS = 1 << 17
+FLOW_MOST_SLOTS = 1 << 17  # of a call
 # Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows; and the most
 # steps that shared memory holds where pairs of blocks share what they read.
 MANY, MANY_NARROW = 14, 20

@@ -8,8 +8,8 @@
 // out.
 //
 // With many slots (CHUNKS) a launch before it has counted those of each CHUNKS-th part of the tokens, and a block
-// adds those up; it looks through the slots of its own part alone. A token goes to the positions of all its slots
-// then (SORTED), so that the accelerator can bring it.
+// adds those up; it looks through the slots of its own part alone. With SORTED, where slots are always counted, a token
+// goes to the positions of all its slots, so that the accelerator can bring it.
 //
 // Nothing depends on the order in which threads run: what they add together are whole numbers.
 //
