@@ -171,7 +171,7 @@ def _kernels(layer: LayerConfig, choice: Pairs) -> list[Kernel]:
 
 
 def _matrices(weights: torch.Tensor, count: int, rows: int, width: int) -> TensorMap:
-    """The same of several matrices, so that a box ends with its own."""
+    """Of several matrices of rows of so many bytes, boxes that end with their own matrix."""
     return TensorMap(weights, (width, rows, count), (width, rows * width), (128, WEIGHT_BOX, 1))
 
 
