@@ -29,7 +29,7 @@ DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& 
             const int half = n / (2 * BLOCKS), b = n / 2 % BLOCKS, group = n % 2;
             Batch& batch = batches[n % 2];
             wgmma_wait<1>();  // for the batch that had these registers
-            if (n == 2 * BLOCKS + 1) release_tokens(shared, first, place);
+            if (n == 2 * BLOCKS + 1) release_tokens(shared, first, place);  // its MMAs have ended with that
             if (group == 0) {
                 codes.load(parts + b * PART_BYTES, scales + b * PART_SCALES, half, place.warp, place.lane);
             }
