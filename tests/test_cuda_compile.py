@@ -173,10 +173,11 @@ def test_mmas_with_codes_do_not_wait_for_each_other(kernels_of, tile):
 
 @compiles
 def test_samples_of_the_emulation_compile_for_the_gpu(tmp_path):
-    """What no kernel uses in that way is in them."""
+    """What the emulation's tests rest on is CUDA to NVRTC as well, clusters and all."""
     for path in (*once.SOURCE.parent.glob("*.cuh"), Path(__file__).parent / "cuda_host/samples.cu"):
         shutil.copy(path, tmp_path)
-    build._compile(tmp_path / "samples.cu", build._options([("COLUMNS", 48)]))
+    code, _ = build._compile(tmp_path / "samples.cu", build._options([("COLUMNS", 48)]))
+    assert code.startswith(b"\x7fELF")
 
 
 @compiles

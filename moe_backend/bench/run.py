@@ -117,14 +117,15 @@ class Bench:
         Args:
             told: given all results so far, after each rival.
         """
-        if (shape, routing) not in self._rivals:
-            if not vllm_rivals.installed() or not self.wanted:
-                return
-            if weights is None or inputs is None:
-                weights = shape.weights(self.device)
-                inputs = self._inputs(shape, weights, routing)
-            self._rivals[shape, routing] = self._measured(shape, weights, inputs, told)
-        told(self._rivals[shape, routing])
+        if (shape, routing) in self._rivals:
+            told(self._rivals[shape, routing])
+            return
+        if not vllm_rivals.installed() or not self.wanted:
+            return
+        if weights is None or inputs is None:
+            weights = shape.weights(self.device)
+            inputs = self._inputs(shape, weights, routing)
+        self._rivals[shape, routing] = self._measured(shape, weights, inputs, told)
 
     def _measured(
         self,

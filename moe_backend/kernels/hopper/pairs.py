@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,7 @@ THREADS = 384
 GROUP = 128  # hidden columns that share a scale
 # Rows of a copy: of weights, and of tokens in either kernel.
 WEIGHT_BOX, FP8_BOX, NVFP4_BOX = 64, 64, 16
+Arguments = tuple[list[Any], list[Any]]  # of the first and of the second GEMM's launch
 
 
 def run(
@@ -67,8 +68,10 @@ def run(
     to = Routed(operand, scale, position, token_of, experts, count, count)
     route(layer, x, weights, ids, expert_map, to, 0, sms, positions)
     between = Between(operand, scale, experts, hidden, hidden_scale, partial)
-    multiply = _multiply_fp8 if quantised else _multiply_nvfp4
-    multiply(layer, choice, tensors, between, positions, sms)
+    arguments = _fp8_arguments if quantised else _nvfp4_arguments
+    given = arguments(layer, tensors, between, positions)
+    for kernel, its in zip(_kernels(layer, choice), given, strict=True):
+        launch(kernel, sms // 2 * 2, THREADS, its)
     combine(layer, partial, position, weights, out, sms)
     del whole  # what is allocated next on this stream comes after these launches
     return out
@@ -85,61 +88,44 @@ class Between(NamedTuple):
     partial: Memory
 
 
-def _multiply_fp8(
-    layer: LayerConfig,
-    choice: Pairs,
-    tensors: list[torch.Tensor | None],
-    between: Between,
-    positions: int,
-    sms: int,
-) -> None:
-    """Both GEMMs of an FP8 layer."""
+def _fp8_arguments(
+    layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
+) -> Arguments:
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     operand, scale, experts, hidden, hidden_scale, partial = between
-    activation, grid = layer.activation, sms // 2 * 2
-    constants = activation.limit or 0.0, activation.alpha, activation.beta
-    first, second = _kernels(layer, choice)
-    launch(
-        first, grid, THREADS,
+    constants = _constants(layer)
+    return (
         [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h), scale, w13_scale,
          experts, hidden, hidden_scale, *constants, i, h, positions, w13_scale.shape[1] // 2,
          w13_scale.shape[2]],
-    )  # fmt: skip
-    launch(
-        second, grid, THREADS,
         [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i), hidden_scale, w2_scale,
          experts, partial, hidden_scale, *constants, h, i, positions, w2_scale.shape[1],
          w2_scale.shape[2]],
     )  # fmt: skip
 
 
-def _multiply_nvfp4(
-    layer: LayerConfig,
-    choice: Pairs,
-    tensors: list[torch.Tensor | None],
-    between: Between,
-    positions: int,
-    sms: int,
-) -> None:
-    """Both GEMMs of an NVFP4 layer."""
+def _nvfp4_arguments(
+    layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
+) -> Arguments:
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
-    activation, grid, columns = layer.activation, sms // 2 * 2, padded(i)
-    constants = activation.limit or 0.0, activation.alpha, activation.beta
-    first, second = _kernels(layer, choice)
-    launch(
-        first, grid, THREADS,
-        [rows_of(between.operand, positions, 2 * h, NVFP4_BOX), gate_up_codes(layer, w13),
-         w13_scale, w13_global, between.experts, between.hidden, *constants, columns, h,
-         w13_scale.shape[1] // 2, w13_scale.shape[2]],
+    operand, _, experts, hidden, _, partial = between
+    constants, columns = _constants(layer), padded(i)
+    return (
+        [rows_of(operand, positions, 2 * h, NVFP4_BOX), gate_up_codes(layer, w13), w13_scale,
+         w13_global, experts, hidden, *constants, columns, h, w13_scale.shape[1] // 2,
+         w13_scale.shape[2]],
+        [rows_of(hidden, positions, 2 * columns, NVFP4_BOX),
+         rows_of(w2, e * h, i // 2, WEIGHT_BOX), w2_scale, w2_global, experts, partial, *constants,
+         h, columns, w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
-    launch(
-        second, grid, THREADS,
-        [rows_of(between.hidden, positions, 2 * columns, NVFP4_BOX),
-         rows_of(w2, e * h, i // 2, WEIGHT_BOX), w2_scale, w2_global, between.experts,
-         between.partial, *constants, h, columns, w2_scale.shape[1], w2_scale.shape[2]],
-    )  # fmt: skip
+
+
+def _constants(layer: LayerConfig) -> tuple[float, float, float]:
+    """The activation's."""
+    activation = layer.activation
+    return activation.limit or 0.0, activation.alpha, activation.beta
 
 
 @lru_cache

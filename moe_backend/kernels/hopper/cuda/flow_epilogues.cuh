@@ -1,7 +1,6 @@
 // flow.cu: the ends of items: hidden columns, and outputs.
 #pragma once
 
-#include "outputs.cuh"
 #if FORMAT == 1
 #include "flow_fp8_hidden.cuh"
 #else

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flow_sizes.cuh"
+#include "outputs.cuh"
 
 struct alignas(16) Item {
     int parts;   // 0: there are no more
@@ -53,14 +54,6 @@ struct Layer {
     DEVICE int blocks2() const { return ceil_div(H, ROWS); }
     DEVICE int depth(bool gated) const { return gated ? H : I; }
     DEVICE int steps(bool gated) const { return ceil_div(depth(gated), STEP); }
-};
-
-// Number of a consumer's warp group, and of its warp and lane therein.
-struct Place {
-    int group, warp, lane;
-
-    DEVICE int row() const { return lane / 4; }
-    DEVICE int column() const { return lane % 4 * 2; }
 };
 
 // A warp has read all of a stage.

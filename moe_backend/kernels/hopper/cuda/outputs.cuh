@@ -1,14 +1,22 @@
-// Outputs before the sum, of GEMMs with weights first: from where MMAs leave them to rows in memory.
+// GEMMs with weights first: who has what of their results, and outputs before the sum to rows in memory.
 #pragma once
 
 #include "hits.cuh"
+
+// Number of a warp group that multiplies, and of its warp and lane therein.
+struct Place {
+    int group, warp, lane;
+
+    DEVICE int row() const { return lane / 4; }
+    DEVICE int column() const { return lane % 4 * 2; }
+};
 
 // A warp group's outputs: of COUNT parts of 64 weight rows, every `apart`th from `part` on, with N tokens. They are turned
 // around in shared memory, TURNED tokens at once, so that a thread stores 16 bytes.
 //
 // turned: COUNT * TURNED * 128 bytes; outputs: `[rows, H]` bf16, the item's from first_row and first_column on; parts:
 // that there are.
-template <int N, int COUNT, int TURNED, class Place>
+template <int N, int COUNT, int TURNED>
 DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, u16* outputs, int H, int first_row,
                           int first_column, int item_tokens, int part, int apart, int parts, const Place& place) {
     constexpr int PART = TURNED * 128;

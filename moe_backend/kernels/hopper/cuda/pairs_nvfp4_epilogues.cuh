@@ -1,7 +1,6 @@
 // pairs_nvfp4.cu: the end of an item: hidden columns in the decoder's order, or outputs.
 #pragma once
 
-#include "outputs.cuh"
 #include "pairs_nvfp4_shared.cuh"
 
 // Of a warp group's 64 hidden columns 32 are even, and lie side by side before the odd ones; column g of eight is of

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hits.cuh"
+#include "outputs.cuh"
 
 constexpr int STEP = 256;                     // columns of K whose codes come together
 constexpr int LINE = 128;                     // bytes of a row in shared memory: 256 codes, or 64 bf16
@@ -56,14 +57,6 @@ struct Layer {
 
     DEVICE int blocks() const { return ceil_div(rows, ROWS); }
     DEVICE int steps() const { return depth / STEP; }
-};
-
-// Number of a consumer's warp group, and of its warp and lane therein.
-struct Place {
-    int group, warp, lane;
-
-    DEVICE int row() const { return lane / 4; }
-    DEVICE int column() const { return lane % 4 * 2; }
 };
 
 // A warp has read all of a half step's tokens: both blocks may copy there. Only MMAs read them.
