@@ -85,8 +85,9 @@ FLOWS = {
     "nvfp4": ((8, 2, 1), (8, 4, 1), (32, 2, 2), (64, 4, 1), (96, 2, 2), (128, 2, 1)),
 }
 ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
-PAIRS = ["count", "route", "pairs", "pairs", "combine"]
-PAIRS_NVFP4 = ["count", "route", "pairs_nvfp4", "pairs_nvfp4", "combine"]
+SPREAD = ["count", "sort", "spread"]
+PAIRS = [*SPREAD, "pairs", "pairs", "combine"]
+PAIRS_NVFP4 = [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
 
 
 @compiles
@@ -475,20 +476,35 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
 
 def test_pairs_have_as_many_stages_as_fit():
     layer = SHAPES["deepseek-v4-flash-ep8"].layer()
-    for experts, stages in ((32, 4), (620, 4), (700, 3), (1024, 3)):
+    for experts, stages in ((32, 4), (520, 4), (600, 3), (1024, 3)):
         many = replace(layer, num_experts=experts, num_local_experts=experts)
         assert tiles.pairs(many) == Pairs(stages)
         methods.check(many, 16384, Pairs(stages))
 
 
 def test_the_list_of_experts_descends_for_pairs_of_nvfp4_alone(kernels_of):
-    for name, choice, wanted in (
-        ("deepseek-v4-flash-ep8", Pairs(4), 1),
-        ("deepseek-v4-flash-ep8", tiles.flow(V4, 8, 4, 1), 0),
-        ("step-3.5-ep8", Pairs(4), 0),
+    for name, wanted in (("deepseek-v4-flash-ep8", 1), ("step-3.5-ep8", 0)):
+        (sort,) = [one for one in kernels_of(name, 4096, Pairs(4)) if one.name == "sort"]
+        assert dict(sort.constants)["DESCENDING"] == wanted
+
+
+def test_gemms_are_interleaved_where_hidden_columns_are_one_item(kernels_of):
+    for name, tile, wanted in (
+        ("step-3.5-tp8-even", (16, 3, 2), 1),
+        ("step-3.5-tp8-even", (16, 2, 2), 0),
+        ("step-3.5-ep8", (16, 3, 2), 0),
+        ("qwen3-235b-nvfp4-tp8", (16, 4, 1), 0),
     ):
-        (route,) = [one for one in kernels_of(name, 4096, choice) if one.name == "route"]
-        assert dict(route.constants)["DESCENDING"] == wanted
+        choice = tiles.flow(SHAPES[name].layer(), *tile)
+        (flow,) = [one for one in kernels_of(name, 256, choice) if one.name == "flow"]
+        assert dict(flow.constants)["INTERLEAVED"] == wanted
+
+
+def test_sums_of_lone_slots_come_from_the_gemm_where_experts_are_spread(kernels_of):
+    for name, wanted in (("step-3.5-ep8", 1), ("step-3.5-tp1", 0)):
+        last = dict(kernels_of(name, 4096, Pairs(4))[-1].constants)
+        _, gemm = [dict(k.constants) for k in kernels_of(name, 4096, Pairs(4)) if k.name == "pairs"]
+        assert last["LONE"] == gemm["LONE"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ class Case:
     w2_block: tuple[int, int]
     kind: int = 1
     grid: int = 3
+    interleaved: bool = False
 
     @property
     def defines(self) -> dict[str, object]:
@@ -47,7 +48,7 @@ class Case:
             "WARP_GROUPS": self.groups, "BLOCKS": self.blocks, "MOST": self.most,
             "STAGES": self.stages, "EXPERTS": EXPERTS, "ACTIVATION": self.kind,
             "N13": n13, "K13": k13, "N2": n2, "K2": k2, "SHARED_BYTES": self.shared_bytes,
-            "FORMAT": 1,
+            "FORMAT": 1, "INTERLEAVED": int(self.interleaved),
         }  # fmt: skip
 
     @property
@@ -194,6 +195,8 @@ CASES = {
     "long": Case(3, 1, 128, 2, (104, 9, 140), 384, 160, (32, 128), (128, 32), 0),
     "three parts": Case(3, 1, 32, 3, (28, 0, 39, 5), 256, 288, (128, 128), (128, 128), kind=0),
 }
+NAMES = "narrow shard", "odd parts", "six parts", "three parts"
+CASES |= {f"{name}, interleaved": replace(CASES[name], interleaved=True, grid=2) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,8 +209,9 @@ def test_results(name: str) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_few_blocks_run_at_a_time() -> None:
-    layer = Layer(CASES["narrow shard"])
+@pytest.mark.parametrize("name", ["narrow shard", "narrow shard, interleaved"])
+def test_few_blocks_run_at_a_time(name: str) -> None:
+    layer = Layer(CASES[name])
     for a, b in zip(layer.run(seed=1), layer.run(seed=1, resident=1), strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 

@@ -33,8 +33,9 @@ from moe_backend.verify.problems import ACTIVATIONS, Case, build
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 FLOW = ["route", "flow", "combine"]
 GEMMS = ["gemm_kernel", "gemm_kernel"]
-PAIRS = ["count", "route", "pairs", "pairs", "combine"]
-PAIRS_NVFP4 = ["count", "route", "pairs_nvfp4", "pairs_nvfp4", "combine"]
+SPREAD = ["count", "sort", "spread"]
+PAIRS = [*SPREAD, "pairs", "pairs", "combine"]
+PAIRS_NVFP4 = [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
 CUDA = ("moe_once", *FLOW, *PAIRS)
 SORTED = ["rank_kernel", "place_kernel", "permute_kernel", *GEMMS]
 

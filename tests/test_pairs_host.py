@@ -35,6 +35,7 @@ class Case:
     kind: int = 1
     grid: int = 4
     stages: int = 3
+    lone: bool = False  # some outputs go to their token's row
 
 
 CASES = {
@@ -47,6 +48,9 @@ CASES = {
     "odd outputs": Case((100, 5), 264, 160, (64, 32), gated=False),
     "shard": Case((140, 90), 768, 320, (128, 64), gated=False, stages=4),
     "half a block left": Case((200, 129, 50), 192, 128, (64, 128), grid=2),
+    "outputs that go elsewhere": Case(
+        (129, 17, 0, 64), 520, 320, (128, 128), gated=False, lone=True
+    ),
     "half a block of outputs": Case((30, 250), 384, 128, (128, 128), gated=False),
 }
 
@@ -80,18 +84,25 @@ class Problem:
         self.routed = routed
         self.tokens.view(torch.uint8)[~routed] = POISON  # what lies between experts
         self.token_scale[:, ~routed] = float("nan")
+        # Of positions: rows of the sums, some of which are not here, and weights.
+        self.row = torch.randperm(first + 7)[:first].int()
+        self.row[torch.rand(first) < 0.4] = -1
+        self.weight = torch.where(self.row < 0, 1.0, torch.rand(first))
 
     def ranges(self) -> list[tuple[int, int, int]]:
         return [(row[0], row[1], row[2]) for row in self.list[1:].view(-1, 3).tolist()]
 
     def run(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the kernel writes: hidden codes and their scales, or outputs."""
+        """What the kernel writes: hidden codes with scales, or outputs and those of targets."""
         case, p, (n, k) = self.case, self.positions, (self.case.n, self.case.k)
         defines = {
             "GATED": int(case.gated), "STAGES": case.stages, "EXPERTS": len(case.tokens),
             "ACTIVATION": case.kind, "SCALE_N": case.block[0], "SCALE_K": case.block[1],
-            "SHARED_BYTES": SHARED_BYTES,
+            "LONE": int(case.lone), "SHARED_BYTES": SHARED_BYTES,
         }  # fmt: skip
+        targets = torch.stack([self.row, self.weight.view(torch.int32)], 1).contiguous()
+        targets[~self.routed] = 1 << 30
+        sums = torch.full((p + 7, n), -1, dtype=torch.bfloat16)
         kind = torch.uint8 if case.gated else torch.bfloat16
         out = torch.full((p, n), POISON if case.gated else -1, dtype=kind)
         out_scale = torch.full((cdiv(n, GROUP), p), float("nan"))
@@ -103,10 +114,10 @@ class Problem:
         driver.launch(
             driver.compile(SOURCE, defines), "pairs", case.grid, 384, SHARED_BYTES,
             [tokens, weights, scales, self.scale, self.list, out, out_scale,
-             7.0 if case.kind else 0.0, 1.702, 1.0, n, k, p, *self.scale.shape[1:]],
+             7.0 if case.kind else 0.0, 1.702, 1.0, n, k, p, *self.scale.shape[1:], targets, sums],
             seed, cluster=2,
         )  # fmt: skip
-        return out, out_scale
+        return out, out_scale if case.gated else sums
 
     def product(self, matrix: int, begin: int, end: int) -> torch.Tensor:
         """Tokens of some positions with a matrix of weights."""
@@ -116,8 +127,24 @@ class Problem:
         weights = self.weights[matrix].double() * spread[:n, :k]
         return (self.tokens[begin:end].double() * scale) @ weights.T
 
+    def outputs(self, out: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """Of all positions, from wherever they have gone."""
+        if not self.case.lone:
+            assert (sums == -1).all()
+            return out.double()
+        away = self.routed & (self.row >= 0)
+        assert (out[away] == -1).all()
+        untouched = torch.ones(len(sums), dtype=torch.bool)
+        untouched[self.row[away].long()] = False
+        assert (sums[untouched] == -1).all()
+        out = out.double()
+        out[away] = sums[self.row[away].long()].double() / self.weight[away, None].double()
+        return out
+
     def check(self, out: torch.Tensor, out_scale: torch.Tensor) -> None:
         case = self.case
+        if not case.gated:
+            out = self.outputs(out, out_scale)
         activation = Activation.from_name(KINDS[case.kind], limit=7.0 if case.kind else None)
         for expert, begin, end in self.ranges():
             if not case.gated:

@@ -1,4 +1,8 @@
-"""Slots sorted, tokens quantised or reordered (`route.cu`), and the sum (`combine.cu`)."""
+"""Slots sorted, tokens quantised or reordered, and the sum.
+
+The first by `route.cu`, or by `sort.cu` and `spread.cu`, both after `count.cu` with many slots; the
+sum by `combine.cu`.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +55,19 @@ CASES = {
     "chunks": Case(150, 8, 20, 11, 192, 7, chunks=5, sorted=True, pieces=4),
     "few chunks filled": Case(9, 4, 600, 600, 128, 2, long_ids=True, mapped=False, chunks=8),
     "one block in chunks": Case(3, 2, 4, 3, 128, 3, chunks=4, sorted=True),
+    "nothing to spread": Case(5, 2, 300, 1, 128, 2, chunks=2, sorted=True),
     "weights first": Case(9, 1, 4, 4, 192, 4, mapped=False, weight_on_input=True),
     "reordered": Case(20, 4, 12, 5, 512, 3, quantised=False),
     "reordered long": Case(3, 2, 4, 4, 4352, 2, mapped=False, quantised=False),
     "reordered and sorted": Case(
         20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4, descending=True
     ),
-    "many in descending order": Case(90, 2, 600, 600, 64, 30, mapped=False, descending=True),
+    "many in descending order": Case(
+        90, 2, 600, 600, 64, 30, mapped=False, chunks=2, sorted=True, pieces=4, descending=True
+    ),
+    "sorted rounds": Case(150, 8, 20, 3, 64, 140, chunks=2, sorted=True),
+    "sorted, many slots": Case(6, 40, 64, 2, 1088, 4, chunks=2, sorted=True, pieces=2),
+    "sorted weights": Case(9, 1, 4, 3, 192, 4, chunks=3, sorted=True, weight_on_input=True),
     "reordered weights": Case(9, 1, 4, 3, 256, 4, weight_on_input=True, quantised=False),
 }
 
@@ -123,36 +133,48 @@ def test_route(name: str, seed: int) -> None:
     scale = torch.full((cdiv(h, 128), rows), float("nan"))
     position = torch.full((t * k,), -7, dtype=torch.int32)
     token_of = torch.full((room,), -7, dtype=torch.int32)
+    targets = torch.full((room, 2), -7.0)  # of each an int32 and a number
     listed = torch.full((1 + 3 * case.local,), -7, dtype=torch.int32)
     counters = torch.full((1000,), 7, dtype=torch.int32)
-    defines = {
+    slots = {
         "EXPERTS": case.local, "NUM_IDS": case.experts, "TOP_K": k, "HAS_MAP": int(case.mapped),
-        "IDS64": int(case.long_ids), "WEIGHT_ON_INPUT": int(case.weight_on_input),
-        "QUANTISED": int(case.quantised), "CHUNKS": case.chunks, "SORTED": int(case.sorted),
-        "DESCENDING": int(case.descending), "PIECES": case.pieces,
+        "IDS64": int(case.long_ids), "CHUNKS": case.chunks,
     }  # fmt: skip
-    shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32) + 16
-    shared += 512 * (1 if case.quantised else THREADS // 32)
-    library = driver.compile(driver.KERNELS / "route.cu", defines)
+    on_input = {"WEIGHT_ON_INPUT": int(case.weight_on_input)}
+    tokens = on_input | {"QUANTISED": int(case.quantised), "PIECES": case.pieces}
+    shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32)
+    ordered = 0 if case.quantised else 512 // 32  # bytes for a thread
     blocks = cdiv(t, case.each)
     each_chunk = cdiv(blocks, case.chunks or 1) * case.each * k
     counts = torch.full((case.chunks, case.local), -7, dtype=torch.int32)
+
+    def launch(name, grid, threads, shared, defines, args):
+        library = driver.compile(driver.KERNELS / f"{name}.cu", defines)
+        driver.launch(library, name, grid, threads, shared, args, seed)
+
     if case.chunks:
-        driver.launch(
-            library, "count", case.chunks, THREADS, 4 * case.local,
-            [ids, expert_map, counts, t * k, each_chunk], seed,
+        args = [ids, expert_map, counts, t * k, each_chunk]
+        launch("count", case.chunks, THREADS, 4 * case.local, slots, args)
+    if case.sorted:
+        launch(
+            "sort", blocks + 1, THREADS, shared,
+            slots | on_input | {"DESCENDING": int(case.descending), "LONE": 1},
+            [ids, expert_map, weights, position, targets, listed, counts, t, case.each, each_chunk],
         )  # fmt: skip
-    driver.launch(
-        library, "route", blocks + 1, THREADS, shared,
-        [x, ids, expert_map, weights, operand, scale, position, token_of, listed, counters, counts,
-         997, t, rows, case.each, each_chunk, h],
-        seed,
-    )  # fmt: skip
+        launch(
+            "spread", cdiv(t * cdiv(h, 256 * case.pieces), 8), 256, 256 * ordered,
+            tokens | {"TOP_K": k}, [x, position, weights, operand, scale, t, rows, h],
+        )  # fmt: skip
+    else:
+        launch(
+            "route", blocks + 1, THREADS, shared + 20 + THREADS * ordered, slots | tokens,
+            [x, ids, expert_map, weights, operand, scale, position, token_of, listed, counters,
+             counts, 997, t, case.each, each_chunk, h],
+        )  # fmt: skip
 
     wanted, hit = sorted_slots(case, ids, expert_map)
     assert position.tolist() == wanted
     assert listed[: 1 + 3 * len(hit)].tolist() == [len(hit), *[n for row in hit for n in row]]
-    assert counters.tolist() == [0] * 997 + [7] * 3
     value = x.float() * weights if case.weight_on_input else x.float()
     routed = (position.view(t, k) >= 0).any(1)
     if case.sorted:
@@ -166,35 +188,65 @@ def test_route(name: str, seed: int) -> None:
         found = operand.view(torch.bfloat16)[routed][:, device._nvfp4_position.fn(torch.arange(h))]
         assert torch.equal(found, value[routed].bfloat16())
     assert scale[:, ~routed].isnan().all()
-    tokens = torch.full_like(token_of, -7)
+    if case.sorted:
+        check_targets(targets, wanted, weights, case)
+        return
+    assert counters.tolist() == [0] * 997 + [7] * 3
+    found = torch.full_like(token_of, -7)
     for slot, at in enumerate(wanted):
         if at >= 0:
-            tokens[at] = slot // k
-    assert torch.equal(token_of, tokens)
+            found[at] = slot // k
+    assert torch.equal(token_of, found)
+
+
+def check_targets(
+    targets: torch.Tensor, position: list[int], weights: torch.Tensor, case: Case
+) -> None:
+    """Of a token's only slot here its row and its weight."""
+    seen = 0
+    for slot, at in enumerate(position):
+        if at < 0:
+            continue
+        token = slot // case.top_k
+        own = position[token * case.top_k : (token + 1) * case.top_k]
+        alone = sum(p >= 0 for p in own) == 1
+        seen += alone
+        weight = weights.flatten()[slot] if alone and not case.weight_on_input else 1
+        assert targets.view(torch.int32)[at, 0] == (token if alone else -1)
+        assert targets[at, 1] == weight
+    routed = torch.zeros(len(targets), dtype=torch.bool)
+    routed[[at for at in position if at >= 0]] = True
+    assert (targets[~routed] == -7).all()
+    if case.mapped and case.local * 2 < case.experts:
+        assert seen or case.local == 1  # cases with a few experts of many have some
 
 
 @pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
-    ("top_k", "h"),
-    [(1, 64), (8, 4160), (11, 192), (40, 64)],
-    ids=["one", "parts", "many", "more than lanes"],
+    ("top_k", "h", "lone"),
+    [(1, 64, 1), (8, 4160, 0), (8, 4160, 1), (11, 192, 0), (40, 64, 0)],
+    ids=["one", "parts", "without lone slots", "many", "more than lanes"],
 )
-def test_combine(top_k: int, h: int, weighted: bool, pieces: int) -> None:
+def test_combine(top_k: int, h: int, lone: int, weighted: bool, pieces: int) -> None:
     torch.manual_seed(0)
     t, blocks = 19, 2
     partial = torch.randn(t * top_k + 5, h).bfloat16()
     position = torch.randperm(len(partial))[: t * top_k].int().view(t, top_k)
     position[torch.rand(t, top_k) < 0.3] = -1
     position[3] = -1
+    position[5, :-1] = position[6, 1:] = -1
     weights = torch.rand(t, top_k)
     weights[position < 0] = float("nan")
     out = torch.full((t, h), float("nan"), dtype=torch.bfloat16)
-    defines = {"TOP_K": top_k, "WEIGHTED": int(weighted), "PIECES": pieces}
+    defines = {"TOP_K": top_k, "WEIGHTED": int(weighted), "PIECES": pieces, "LONE": lone}
     library = driver.compile(driver.KERNELS / "combine.cu", defines)
     args = [partial, position, weights, out, t, h]
     driver.launch(library, "combine", blocks, 256, 0, args, seed=1)
     scaled = weights.nan_to_num() if weighted else torch.ones_like(weights)
     rows = partial.double()[position.clamp(min=0)] * (position >= 0)[:, :, None]
     wanted = (rows * scaled.double()[:, :, None]).sum(1)
-    torch.testing.assert_close(out.double(), wanted, rtol=2**-8, atol=1e-5)
+    written = torch.full_like(wanted, False, dtype=torch.bool)
+    written[:] = ((position >= 0).sum(1) != 1)[:, None] if lone else True
+    assert out[~written].isnan().all()
+    torch.testing.assert_close(out[written].double(), wanted[written], rtol=2**-8, atol=1e-5)

@@ -87,7 +87,12 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         assert layer.w2_block is not None
         blocks = layer.w13_block + layer.w2_block
         constants |= zip(("N13", "K13", "N2", "K2"), blocks, strict=True)
+        # Pays where an expert's hidden columns are one item: 2 to 3 % with 160 columns and 64 to
+        # 2,048 tokens; with more items 2 to 4 % slower.
+        columns = 32 * choice.groups * choice.blocks
+        constants["INTERLEAVED"] = int(layer.intermediate_size <= columns)
     else:
+        constants["INTERLEAVED"] = 0
         constants["PADDED"] = int(layer.intermediate_size != padded(layer.intermediate_size))
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 

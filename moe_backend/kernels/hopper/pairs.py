@@ -12,7 +12,7 @@ from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
-from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, route
+from moe_backend.kernels.hopper.route import CHUNKS, Spread, combine, lone_slots, spread
 from moe_backend.kernels.hopper.sorted_tokens import positions_of
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import (
@@ -57,28 +57,29 @@ def run(
     columns = i if quantised else padded(i)  # of a hidden row
     scales, groups = (cdiv(h, 128), cdiv(i, GROUP)) if quantised else (0, 0)  # of a row
     past = 4 * 128  # a tile's scales are copied whole, also where positions end
-    whole, (operand, scale, position, token_of, experts, count, hidden, hidden_scale, partial) = (
+    whole, (operand, scale, position, targets, experts, count, hidden, hidden_scale, partial) = (
         carve(
             w13.device, wide * positions * h, 4 * scales * positions + past, 4 * slots,
-            4 * positions, 4 * (1 + 3 * e), 4 * CHUNKS * e, wide * positions * columns,
+            8 * positions, 4 * (1 + 3 * e), 4 * CHUNKS * e, wide * positions * columns,
             4 * groups * positions + past, 2 * positions * h,
         )
     )  # fmt: skip
     out = torch.empty(tokens, h, dtype=x.dtype, device=x.device)
-    to = Routed(operand, scale, position, token_of, experts, count, count)
-    route(layer, x, weights, ids, expert_map, to, 0, sms, positions)
+    to = Spread(operand, scale, position, targets, experts, count)
+    spread(layer, x, weights, ids, expert_map, to, sms, positions)
     between = Between(operand, scale, experts, hidden, hidden_scale, partial)
     arguments = _fp8_arguments if quantised else _nvfp4_arguments
     given = arguments(layer, tensors, between, positions)
-    for kernel, its in zip(_kernels(layer, choice), given, strict=True):
-        launch(kernel, sms // 2 * 2, THREADS, its)
-    combine(layer, partial, position, weights, out, sms)
+    alone = lone_slots(layer, expert_map)
+    for kernel, its in zip(_kernels(layer, choice, alone), given, strict=True):
+        launch(kernel, sms // 2 * 2, THREADS, [*its, targets, out])
+    combine(layer, partial, position, weights, out, sms, alone)
     del whole  # what is allocated next on this stream comes after these launches
     return out
 
 
 class Between(NamedTuple):
-    """What lies between routing and sum: memory as `route` writes it, and what the GEMMs make."""
+    """What lies between routing and sum: memory as `spread` writes it, and what the GEMMs make."""
 
     operand: Memory
     scale: Memory
@@ -129,8 +130,8 @@ def _constants(layer: LayerConfig) -> tuple[float, float, float]:
 
 
 @lru_cache
-def _kernels(layer: LayerConfig, choice: Pairs) -> list[Kernel]:
-    """Of the first and of the second GEMM."""
+def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
+    """Of the first and of the second GEMM; whether outputs have targets."""
     check(layer, choice)
     fp8 = layer.format == Fp8BlockWeights.name
     name = "pairs" if fp8 else "pairs_nvfp4"
@@ -147,7 +148,7 @@ def _kernels(layer: LayerConfig, choice: Pairs) -> list[Kernel]:
         }
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
-        own = {"GATED": gated}
+        own = {"GATED": gated, "LONE": int(lone and not gated)}
         if fp8:
             assert block is not None
             own |= {"SCALE_N": block[0], "SCALE_K": block[1]}

@@ -480,9 +480,9 @@ def pairs(layer: LayerConfig) -> Pairs:
 
 def pairs_code_stages(layer: LayerConfig, choice: Pairs) -> int:
     """Steps of NVFP4 codes that fit beside the tokens; `cuda/pairs_nvfp4_shared.cuh` is exact."""
-    staging, hits = 2 * 8192, 16 * (layer.num_local_experts + 1)
+    staging, hits = 2 * (8192 + 1024), 16 * (layer.num_local_experts + 1)
     tokens = choice.stages * (128 * 256 + 64)
-    return (SHARED_BYTES - 1024 - staging - hits - tokens) // (4 * (8192 + 1024) + 16)
+    return (SHARED_BYTES - 512 - staging - hits - tokens) // (4 * (8192 + 1024) + 16)
 
 
 def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:

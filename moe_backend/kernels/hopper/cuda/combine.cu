@@ -3,11 +3,13 @@
 // A warp has a part of a token's columns, a lane eight of each 256, and takes such parts in turn; the rows of the next
 // are looked up meanwhile. Slots that are left out cost nothing: with experts spread over ranks most are.
 //
-// Compile-time constants: TOP_K, WEIGHTED (whether the weights are applied here), PIECES (of 256 columns in a part).
+// Compile-time constants: TOP_K, WEIGHTED (whether the weights are applied here), PIECES (of 256 columns in a part), LONE
+// (the outputs of a token with one slot have gone to its row: `targets.cuh`).
 #include "warps.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int PART = 256 * PIECES;
+static_assert(!LONE || TOP_K <= 32, "a lane for each slot");
 constexpr int TOGETHER = 8 / PIECES;  // slots whose outputs are on their way at once
 
 // Of a lane: the row of one of 32 slots of a token, -1 if it is left out, and its weight.
@@ -20,6 +22,9 @@ struct Slot {
         weight = WEIGHTED && k < TOP_K ? weights[token * TOP_K + k] : 1.0f;
     }
 };
+
+// Whether a token has one slot here, for a warp.
+DEVICE bool is_one(const Slot& slot) { return __popc(__ballot_sync(ALL, slot.row >= 0)) == 1; }
 
 DEVICE void add_row(float (&sums)[8], const uint4& row, float weight) {
     const u32 pairs[4] = {row.x, row.y, row.z, row.w};
@@ -74,6 +79,7 @@ KERNEL void __launch_bounds__(THREADS, 3) combine(const u16* partial, const int*
     for (; job < jobs; job += warps) {
         Slot slot = next;
         if (job + warps < jobs) next.load(position, topk_weights, (job + warps) / parts, lane);
+        if (LONE && is_one(slot)) continue;
         const long long token = job / parts;
         const int column = job % parts * PART + 8 * lane;
         float sums[PIECES][8] = {};

@@ -13,8 +13,9 @@
 // Items. One of the first GEMM is PARTS parts of 32 hidden columns, one of the second PARTS parts of 64
 // output rows, each for all of K and for a tile of an expert's tokens: up to MOST, the expert's tokens
 // split evenly. Items are claimed from a counter in order, a block's first one too: all of the first
-// GEMM, then all of the second; tiles that share weights follow each other, then blocks of an expert. A
-// running block alone has claimed what others wait for, so waiting ends whichever blocks run together.
+// GEMM, then all of the second, or, if INTERLEAVED, those of the second between later ones of the first; tiles that
+// share weights follow each other, then blocks of an expert. An item waits only for some that were claimed before it,
+// and a running block alone has claimed them, so waiting ends whichever blocks run together.
 //
 // From one GEMM to the other nothing drains: an item of the second waits only for its own expert's
 // hidden columns (`ready` counts the items that have made some), mostly long done, and its weights
@@ -36,7 +37,7 @@
 // Compile-time constants: FORMAT, WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3; NVFP4: 2 or 4 parts in
 // all), MOST (tokens of a tile: 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and
 // 64 for 2, 3 and 4 warp groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SHARED_BYTES (what the
-// launch asks for); FP8: N13, K13, N2, K2 (rows and columns of a weight scale); NVFP4: PADDED.
+// launch asks for), INTERLEAVED (FP8 alone); FP8: N13, K13, N2, K2 (rows and columns of a weight scale); NVFP4: PADDED.
 #include "flow_copies.cuh"
 #include "flow_epilogues.cuh"
 #include "flow_items.cuh"

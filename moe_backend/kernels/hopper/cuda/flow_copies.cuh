@@ -25,7 +25,8 @@ DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
         const int steps = layer.steps(item.gated);
         if (!item.gated) {
             if (lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
-            ring.advance(steps);
+            // A barrier tells one turn of the ring from the next, not from the one after that.
+            for (int step = 0; step < steps; step++, ring.advance()) barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
             continue;
         }
         for (int step = 0; step < steps; step++, ring.advance()) {

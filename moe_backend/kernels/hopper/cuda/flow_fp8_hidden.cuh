@@ -69,13 +69,14 @@ DEVICE void stage_codes(const Shared& shared, const float (&values)[N / 2], u8* 
     }
 }
 
-// The end of an item of the first GEMM. Waits for all warp groups; with that, and since no item of the
-// second comes before one of the first, the staging memory is free when it begins.
+// The end of an item of the first GEMM. Waits for all warp groups; with that the staging memory is free when it begins, if
+// no item of the second comes before one of the first, or else once all are here.
 template <int N>
 DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, float (&sums)[BLOCKS][N / 2],
                          const Place& place) {
     const int thread = 128 * place.group + 32 * place.warp + place.lane;
     float* largest = reinterpret_cast<float*>(shared.staging);
+    if (INTERLEAVED) named_sync(1, CONSUMERS);  // items of the second were before this one
     activate_sums<N>(layer, sums, largest + thread / 32 * MOST, place);
     named_sync(1, CONSUMERS);
     if (thread < item.tokens) scale_token(layer, shared, item, thread);

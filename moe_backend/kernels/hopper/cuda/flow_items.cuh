@@ -3,17 +3,43 @@
 
 #include "flow_shared.cuh"
 
+// Experts' items in turn: of the first GEMM, and of the second of the expert that was hit `lag` places before. If
+// INTERLEAVED the blocks have one more item each in between, at least, so that few find hidden columns missing; or else
+// all of the first come first.
+struct Order {
+    int count, lag, blocks13, blocks2;
+
+    DEVICE Order(const Layer& layer, int count) : count(count), blocks13(layer.blocks13()), blocks2(layer.blocks2()) {
+        lag = INTERLEAVED ? min(count, ceil_div(static_cast<int>(gridDim.x), blocks13)) : count;
+    }
+    // Items before those of turn n, of `count + lag` turns.
+    DEVICE int before(const Hit* hits, int n) const {
+        return hits[min(n, count)].before * blocks13 + hits[max(n - lag, 0)].before * blocks2;
+    }
+    // The turn of a ticket.
+    DEVICE int turn(const Hit* hits, int ticket) const {
+        int low = 0, high = count + lag;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (before(hits, middle) <= ticket) low = middle;
+            else high = middle;
+        }
+        return low;
+    }
+};
+
 DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int ticket) {
-    const int tiles = shared.hits[count].before;
+    const Order order(layer, count);
     Item item = {};
-    item.gated = ticket < tiles * layer.blocks13();
-    if (!item.gated) ticket -= tiles * layer.blocks13();
-    const int blocks = item.gated ? layer.blocks13() : layer.blocks2();
-    if (ticket >= tiles * blocks) return item;
-    item.hit = find_hit(shared.hits, count, ticket / blocks);
+    if (ticket >= order.before(shared.hits, count + order.lag)) return item;
+    const int turn = order.turn(shared.hits, ticket);
+    int inside = ticket - order.before(shared.hits, turn);
+    const int first = turn < count ? (shared.hits[turn + 1].before - shared.hits[turn].before) * order.blocks13 : 0;
+    item.gated = inside < first;
+    if (!item.gated) inside -= first;
+    item.hit = item.gated ? turn : turn - order.lag;
     const Hit hit = shared.hits[item.hit];
     const int own_tiles = shared.hits[item.hit + 1].before - hit.before;
-    const int inside = ticket - hit.before * blocks;
     const int each = 8 * ceil_div(hit.end - hit.start, 8 * own_tiles);
     item.block = inside / own_tiles;
     item.expert = hit.expert;

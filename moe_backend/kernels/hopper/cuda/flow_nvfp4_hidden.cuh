@@ -3,6 +3,8 @@
 
 #include "flow_shared.cuh"
 
+static_assert(!INTERLEAVED, "the staging memory would have to be waited for");
+
 // A part's hidden columns, in the order in which the second GEMM reads them (`flow_nvfp4_copies.cuh`): of a part's
 // 32 columns 16 are even, and lie before those of all odd ones. Column g of eight is of the warp's 64.
 template <int N>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hits.cuh"
+#include "targets.cuh"
 
 // Number of a warp group that multiplies, and of its warp and lane therein.
 struct Place {
@@ -11,13 +12,33 @@ struct Place {
     DEVICE int column() const { return lane % 4 * 2; }
 };
 
+// Where outputs go.
+struct Outputs {
+    u16* partial;  // `[positions, H]` bf16
+    int H;
+    // With targets: the thread's, of as many tokens as a warp group has threads; room for these in shared memory; and the
+    // sums, `[tokens, H]` bf16, which they are rows of.
+    Target own;
+    Target* targets;
+    u16* sums;
+};
+
+// Eight bf16 numbers with a weight.
+DEVICE uint4 weighted(const uint4& row, float weight) {
+    const u32 pairs[4] = {row.x, row.y, row.z, row.w};
+    u32 products[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) products[i] = to_bf16(low_bf16(pairs[i]) * weight, high_bf16(pairs[i]) * weight);
+    return {products[0], products[1], products[2], products[3]};
+}
+
 // A warp group's outputs: of COUNT parts of 64 weight rows, every `apart`th from `part` on, with N tokens. They are turned
 // around in shared memory, TURNED tokens at once, so that a thread stores 16 bytes.
 //
-// turned: COUNT * TURNED * 128 bytes; outputs: `[rows, H]` bf16, the item's from first_row and first_column on; parts:
-// that there are.
-template <int N, int COUNT, int TURNED>
-DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, u16* outputs, int H, int first_row,
+// turned: COUNT * TURNED * 128 bytes; outputs: the item's from first_row and first_column on, with AIMED those that have a
+// target there; parts: that there are.
+template <int N, int COUNT, int TURNED, bool AIMED>
+DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const Outputs& outputs, int first_row,
                           int first_column, int item_tokens, int part, int apart, int parts, const Place& place) {
     constexpr int PART = TURNED * 128;
     // Of a token's 64 outputs, eight pieces of 16 bytes, which change places with the token: against
@@ -27,11 +48,13 @@ DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, u16* ou
     // What a thread stores: a piece of every 16th token.
     const int thread = 32 * place.warp + place.lane, n = thread >> 3, c = thread & 7;
     const u8* from = turned + n * 128 + (c ^ (n & 7)) * 16;
-    u16* to = outputs + static_cast<long long>(first_row + n) * H + first_column + c * 8;
+    const int H = outputs.H, column = first_column + c * 8;
+    u16* to = outputs.partial + static_cast<long long>(first_row + n) * H + column;
 #pragma unroll
     for (int first = 0; first < N; first += TURNED) {
         const int tokens = least(N - first, TURNED);
         named_sync(2 + place.group, 128);  // what was here before has been stored
+        if (AIMED && first == 0) outputs.targets[thread] = outputs.own;
 #pragma unroll
         for (int b = 0; b < COUNT; b++) {
 #pragma unroll
@@ -42,15 +65,20 @@ DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, u16* ou
             }
         }
         named_sync(2 + place.group, 128);
+#pragma unroll (AIMED ? 1 : TURNED)  // with targets a turn is long
+        for (int m = 0; m < tokens; m += 16) {
+            if (first + m + n >= item_tokens) continue;
+            u16* row = to + static_cast<long long>(first + m) * H;
+            Target target = {-1, 1.0f};
+            if (AIMED) target = outputs.targets[first + m + n];
+            if (target.row >= 0) row = outputs.sums + static_cast<long long>(target.row) * H + column;
 #pragma unroll
-        for (int b = 0; b < COUNT; b++) {
-            const int own = part + apart * b;
-            if (own >= parts) continue;
-#pragma unroll
-            for (int m = 0; m < tokens; m += 16) {
-                if (first + m + n >= item_tokens) continue;
-                *reinterpret_cast<uint4*>(to + static_cast<long long>(first + m) * H + own * 64) =
-                    *reinterpret_cast<const uint4*>(from + b * PART + m * 128);
+            for (int b = 0; b < COUNT; b++) {
+                const int own = part + apart * b;
+                if (own >= parts) continue;
+                uint4 bits = *reinterpret_cast<const uint4*>(from + b * PART + m * 128);
+                if (AIMED) bits = weighted(bits, target.weight);  // with 1 as they are
+                *reinterpret_cast<uint4*>(row + own * 64) = bits;
             }
         }
     }

@@ -20,7 +20,8 @@
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
 // Compile-time constants: GATED, STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SCALE_N, SCALE_K (rows and
-// columns of a weight scale), SHARED_BYTES (what the launch asks for). In clusters of two blocks.
+// columns of a weight scale), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks for). In
+// clusters of two blocks.
 #include "pairs_copies.cuh"
 #include "pairs_products.cuh"
 #include "pairs_epilogues.cuh"
@@ -33,11 +34,13 @@ DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, 
 #pragma unroll
         for (float& sum : chunk) sum = 0.0f;
     }
-    add_steps<FEW>(sums, layer, shared, item.chunks, ring, place);
 #if GATED
+    add_steps<FEW>(sums, layer, shared, item.chunks, ring, place);
     store_hidden<FEW>(layer, shared, item, sums, place);
 #else
-    store_rows<FEW>(layer, item, sums, place);
+    const Rows<FEW> rows(layer, item, place);  // on their way meanwhile
+    add_steps<FEW>(sums, layer, shared, item.chunks, ring, place);
+    rows.store(layer, item, sums, place);
 #endif
 }
 
@@ -67,15 +70,16 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // token_scale: `[K / 128, positions]`; weight_scale: `[E, (gate, up), scale_rows, scale_columns]`, or without the pair.
 // list: how many experts, and of each three numbers: expert, first position (a multiple of 4), end position.
 // out: hidden columns, `[positions, N]` e4m3 with out_scale `[N / ROWS, positions]`; or outputs, `[positions, N]` bf16.
+// targets: `[positions]`; sums: `[tokens, N]` bf16, which they are rows of; read and written by the second GEMM, if LONE.
 // K is a multiple of 16, N of 8. Positions are a multiple of 4, and token_scale ends 512 bytes after its last.
 KERNEL void __launch_bounds__(THREADS, 1) pairs(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const float* token_scale,
     const float* weight_scale, const int* list, void* out, float* out_scale, float limit, float alpha, float beta,
-    int N, int K, int positions, int scale_rows, int scale_columns) {
+    int N, int K, int positions, int scale_rows, int scale_columns, const Target* targets, u16* sums) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Layer layer = {&tokens, &weights, token_scale, weight_scale, list, out, out_scale,
-                         limit, alpha, beta, N, K, positions, scale_rows, scale_columns};
+                         limit, alpha, beta, N, K, positions, scale_rows, scale_columns, targets, sums};
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&shared.full[s], 1 + 32);

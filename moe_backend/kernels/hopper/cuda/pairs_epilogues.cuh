@@ -94,30 +94,47 @@ DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, S
     }
 }
 
-// The end of an item of the second GEMM, for a warp group.
-template <bool FEW>
-DEVICE void store_rows(const Layer& layer, const Item& item, const Sums (&sums)[FEW ? 1 : CHUNKS], const Place& place) {
-    const int t = place.column(), first = (FEW ? 0 : place.group * HALF) + place.row();
+// Where a thread's outputs of the second GEMM go, of two tokens.
+template <bool FEW> struct Rows {
+    Target targets[2];
+
+    DEVICE Rows(const Layer& layer, const Item& item, const Place& place) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int token = first + 8 * r;
-        u16* row = static_cast<u16*>(layer.out) + static_cast<long long>(item.start + token) * layer.rows;
+        for (int r = 0; r < 2; r++) {
+            const int token = first(place) + 8 * r;
+            targets[r] = LONE && token < item.tokens ? layer.targets[item.start + token] : Target{-1, 1.0f};
+        }
+    }
+
+    DEVICE int first(const Place& place) const { return (FEW ? 0 : place.group * HALF) + place.row(); }
+
+    // The end of an item, for a warp group.
+    DEVICE void store(const Layer& layer, const Item& item, const Sums (&sums)[FEW ? 1 : CHUNKS],
+                      const Place& place) const {
+        const int t = place.column();
 #pragma unroll
-        for (int c = 0; c < (FEW ? 1 : CHUNKS); c++) {
+        for (int r = 0; r < 2; r++) {
+            const int token = first(place) + 8 * r;
+            const Target& target = targets[r];
+            u16* row = target.row < 0 ? static_cast<u16*>(layer.out) + static_cast<long long>(item.start + token) * layer.rows
+                                      : layer.sums + static_cast<long long>(target.row) * layer.rows;
 #pragma unroll
-            for (int j = 0; j < CHUNK / 8; j += 4) {
-                u32 words[4];
+            for (int c = 0; c < (FEW ? 1 : CHUNKS); c++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float* v = &sums[c][4 * (j + i) + 2 * r];
-                    words[i] = to_bf16(v[0], v[1]);
-                }
-                turn_words(words, t);
-                const int column = item.block * ROWS + (FEW ? place.group : c) * CHUNK_ROWS + 8 * (j + t);
-                if (token < item.tokens && column < layer.rows) {
-                    *reinterpret_cast<uint4*>(row + column) = {words[0], words[1], words[2], words[3]};
+                for (int j = 0; j < CHUNK / 8; j += 4) {
+                    u32 words[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float* v = &sums[c][4 * (j + i) + 2 * r];
+                        words[i] = to_bf16(v[0] * target.weight, v[1] * target.weight);
+                    }
+                    turn_words(words, t);
+                    const int column = item.block * ROWS + (FEW ? place.group : c) * CHUNK_ROWS + 8 * (j + t);
+                    if (token < item.tokens && column < layer.rows) {
+                        *reinterpret_cast<uint4*>(row + column) = {words[0], words[1], words[2], words[3]};
+                    }
                 }
             }
         }
     }
-}
+};

@@ -21,7 +21,7 @@
 //
 // Compile-time constants: GATED, CODES and STAGES (steps of weights, halves of steps of tokens, that shared memory
 // holds), EXPERTS (room in the list), ACTIVATION (its kind), PADDED (there may be fewer hidden columns than a multiple
-// of 256), SHARED_BYTES (what the launch asks for). In clusters of two blocks.
+// of 256), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks for). In clusters of two blocks.
 #include "pairs_nvfp4_copies.cuh"
 #include "pairs_nvfp4_epilogues.cuh"
 #include "pairs_nvfp4_products.cuh"
@@ -35,13 +35,14 @@ DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, 
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sums[b][i] = 0.0f;
     }
-    const Scales scales(layer, item);  // on their way meanwhile
+    const Scales scales(layer, item);  // on their way meanwhile, as is the target
+    const Target target = target_of(layer, item, place);
     add_steps<N>(sums, layer, shared, codes, ring, place);
     scales.apply(sums);
 #if GATED
     store_hidden<N>(layer, shared, item, sums, place);
 #else
-    store_rows<N>(layer, shared, item, sums, place);
+    store_rows<N>(layer, shared, item, sums, target, place);
 #endif
 }
 
@@ -86,14 +87,15 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // list: how many experts, and of each three numbers: expert, first position, end position.
 // out: `[positions, N]` bf16: hidden columns in the decoder's order, or outputs. N and K are multiples of 256; if
 // PADDED what there is of hidden columns in w13 and w2 ends before, after a multiple of 64, which is w13's scale_rows.
+// targets: `[positions]`; sums: `[tokens, N]` bf16, which they are rows of; read and written by the second GEMM, if LONE.
 KERNEL void __launch_bounds__(THREADS, 1) pairs_nvfp4(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const u8* weight_scale,
     const float* weight_global, const int* list, u16* out, float limit, float alpha, float beta, int N, int K,
-    int scale_rows, int scale_columns) {
+    int scale_rows, int scale_columns, const Target* targets, u16* sums) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const Layer layer = {&tokens, &weights, weight_scale, weight_global, list, out,
-                         limit, alpha, beta, N, K, scale_rows, scale_columns};
+                         limit, alpha, beta, N, K, scale_rows, scale_columns, targets, sums};
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&shared.full[s], 1);

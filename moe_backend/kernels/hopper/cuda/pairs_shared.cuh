@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hits.cuh"
+#include "targets.cuh"
 
 constexpr int STEP = 128;                      // columns of K, and bytes of a row's codes in a step
 constexpr int TILE = 128, HALF = 64;           // tokens of a tile, of a warp group
@@ -59,6 +60,8 @@ struct Layer {
     float* out_scale;
     float limit, alpha, beta;
     int rows, depth, positions, scale_rows, scale_columns;
+    const Target* targets;
+    u16* sums;
 
     DEVICE int blocks() const { return ceil_div(rows, ROWS); }
 };
