@@ -123,6 +123,21 @@ def test_flow(case, tile):
     assert found == []
 
 
+@pytest.mark.parametrize("tile", [(8, 3, 2), (32, 3, 2), (16, 3, 2)], ids=str)
+def test_flow_with_gemms_interleaved(tile):
+    """More experts than blocks: items of the second GEMM come between those of the first."""
+    case = replace(FLOW[1], hidden_size=512, num_experts=400, top_k=8)
+    problem = small(case)
+    choice = tiles.flow(problem.layer, *tile)
+    assert faults(problem, choice, (60, 200, 500, 2000)) == []
+    tensors = kernel_named("hopper").prepare(problem.weights)
+    p = routed(problem, 500)
+    given = p.x, p.topk_weights, p.topk_ids, p.expert_map
+    wanted = hopper.run(p.layer, tensors, *given, choice)
+    for _ in range(300):
+        assert torch.equal(hopper.run(p.layer, tensors, *given, choice), wanted)
+
+
 @pytest.mark.parametrize("case", PAIRS, ids=lambda c: f"{c.format}-{c.intermediate_size}")
 def test_pairs(case):
     """From one token to several pairs of tiles for an expert, with blocks of rows left over."""
