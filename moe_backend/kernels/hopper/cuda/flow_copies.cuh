@@ -15,7 +15,8 @@ DEVICE Item take_item(Shared& shared, int n) {
     return item;
 }
 
-// A warp that brings tokens for the first GEMM.
+// A warp that brings tokens for the first GEMM. It goes along with the second: a barrier tells a turn of the ring from
+// the next one, but not from the one after that.
 DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
     const int lane = threadIdx.x % 32;
     Ring ring;
@@ -23,18 +24,16 @@ DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
         const Item item = take_item(shared, n);
         if (item.parts == 0) return;
         const int steps = layer.steps(item.gated);
-        if (!item.gated) {
-            if (lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
-            // A barrier tells one turn of the ring from the next, not from the one after that.
-            for (int step = 0; step < steps; step++, ring.advance()) barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-            continue;
-        }
         for (int step = 0; step < steps; step++, ring.advance()) {
             if (step == max(steps - 2, 0) && lane == 0) barrier_arrive(&shared.taken[n % QUEUE]);
             barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-            const int* tokens = shared.tokens[n % (QUEUE + 1)];
-            gather_step(layer, shared, item.columns(), tokens, ring.stage, step * STEP, warp, lane);
-            arrive_with_copies(&shared.full[ring.stage]);
+            if (item.gated) {
+                const int* tokens = shared.tokens[n % (QUEUE + 1)];
+                gather_step(layer, shared, item.columns(), tokens, ring.stage, step * STEP, warp, lane);
+                arrive_with_copies(&shared.full[ring.stage]);
+            } else if (lane == 0) {
+                barrier_arrive(&shared.full[ring.stage], 32);  // so that the ring does not turn without this warp
+            }
         }
     }
 }
@@ -46,7 +45,6 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
     u64* full = &shared.full[stage];
     if (lane == 0) {
         barrier_expect(full, item.parts * PART_BYTES + (GATED ? 0 : hidden_bytes(layer, item, k0)));
-        if (!GATED) barrier_arrive(full, 32 * GATHERERS);
         u8* to = shared.matrices[stage];
 #pragma unroll
         for (int part = 0; part < PARTS; part++, to += PART_BYTES) {
