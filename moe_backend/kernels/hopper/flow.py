@@ -87,8 +87,8 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         assert layer.w2_block is not None
         blocks = layer.w13_block + layer.w2_block
         constants |= zip(("N13", "K13", "N2", "K2"), blocks, strict=True)
-        # Pays where an expert's hidden columns are one item: 2 to 3 % with 160 columns and 64 to
-        # 2,048 tokens; with more items 2 to 4 % slower.
+        # Pays where an expert's hidden columns are one item: 1 to 3 % with 160 columns and 64 to
+        # 2,048 tokens; with more items 1 to 4 % slower.
         columns = 32 * choice.groups * choice.blocks
         constants["INTERLEAVED"] = int(layer.intermediate_size <= columns)
     else:
