@@ -496,8 +496,12 @@ def test_gemms_are_interleaved_where_hidden_columns_are_one_item(kernels_of):
         ("qwen3-235b-nvfp4-tp8", (16, 4, 1), 0),
     ):
         choice = tiles.flow(SHAPES[name].layer(), *tile)
-        (flow,) = [one for one in kernels_of(name, 256, choice) if one.name == "flow"]
-        assert dict(flow.constants)["INTERLEAVED"] == wanted
+        (found,) = [one for one in kernels_of(name, 256, choice) if one.name == "flow"]
+        assert dict(found.constants)["INTERLEAVED"] == wanted
+    choice = tiles.flow(SHAPES["step-3.5-tp8-even"].layer(), 32, 3, 1)
+    for columns, wanted in ((96, 1), (128, 0)):
+        layer = replace(SHAPES["step-3.5-tp8-even"].layer(), intermediate_size=columns)
+        assert dict(flow._kernel(layer, choice).constants)["INTERLEAVED"] == wanted
 
 
 def test_sums_of_lone_slots_come_from_the_gemm_where_experts_are_spread(kernels_of):

@@ -80,7 +80,7 @@ def check(problem, choice, **changes):
 
 
 def case(name, **more):
-    return build(Case(name, STEP, hidden_size=256, **{"intermediate_size": 160, **more}))
+    return build(Case(name, STEP, **{"hidden_size": 256, "intermediate_size": 160, **more}))
 
 
 @pytest.mark.parametrize("layout", ["unsharded", "ep", "dropped"])
@@ -134,16 +134,21 @@ def test_block_scales_at_the_lower_end(launches):
     check(problem, Once(1))
 
 
-def test_flow_with_routing_weights_on_the_input(launches):
-    problem = case("nvfp4", layout="ep", tokens=30, top_k=1, intermediate_size=256)
+def weights_on_input(name):
+    more = NARROW if name == "fp8_block" else {}
+    problem = case(name, layout="ep", tokens=30, top_k=1, intermediate_size=256, **more)
     layer = replace(problem.layer, apply_router_weight_on_input=True)
     weighed = (problem.x.float() * problem.topk_weights).bfloat16()
     reference = naive_experts(
         weighed, problem.weights, torch.ones_like(problem.topk_weights), problem.topk_ids, STEP,
         problem.expert_map,
     )  # fmt: skip
-    problem = replace(problem, layer=layer, reference=reference)
-    check(problem, tiles.flow(layer, 16, 2, 1))
+    return replace(problem, layer=layer, reference=reference)
+
+
+def test_flow_with_routing_weights_on_the_input(launches):
+    problem = weights_on_input("nvfp4")
+    check(problem, tiles.flow(problem.layer, 16, 2, 1))
 
 
 def test_flow_with_slots_counted_beforehand(launches, monkeypatch):
@@ -188,6 +193,42 @@ def test_pairs_of_nvfp4(launches, monkeypatch, layout, sizes, tokens, stages, ac
     outputs = [check(problem, Pairs(n)) for n in stages]  # with other seeds
     assert launches == 2 * [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
     assert torch.equal(*outputs)
+
+
+def test_targets_of_several_items_of_a_block(launches, monkeypatch):
+    """Two blocks have all of an NVFP4 layer."""
+    monkeypatch.setattr(pairs, "multiprocessors", lambda device: 2)
+    problem = build(
+        Case(
+            "nvfp4", STEP, hidden_size=512, intermediate_size=256, layout="ep", tokens=500,
+            num_experts=4,
+        )
+    )  # fmt: skip
+    outputs = [check(problem, Pairs(4)) for _ in range(2)]  # with other seeds
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hidden_size": 1280, "intermediate_size": 64, "tokens": 12},  # two parts of a token
+        {"top_k": 40, "num_experts": 64, "tokens": 6},  # more slots than lanes
+    ],
+    ids=["long rows", "many slots"],
+)
+def test_pairs_of_spread_experts(launches, more):
+    check(case("fp8_block", layout="ep", **NARROW | more), Pairs(3))
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "nvfp4"])
+def test_pairs_with_routing_weights_on_the_input(launches, name):
+    problem, choice = weights_on_input(name), Pairs(4)
+    given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map
+    out = kernel.run(problem.layer, problem.weights.tensors(), *given, choice)
+    weighed = problem.x.float() * problem.topk_weights
+    same = replace(problem, x=weighed, topk_weights=torch.ones_like(problem.topk_weights))
+    found = difference(out, expected(same, choice.activation_groups(problem.layer)))
+    assert found.within(2e-2), found
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 57, 65, 72, 112, 121, 128, 129])

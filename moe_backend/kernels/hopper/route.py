@@ -17,8 +17,9 @@ FOLDER = Path(__file__).parent / "cuda"
 ROUTE_THREADS, SPREAD_THREADS, COMBINE_THREADS = 512, 256, 256
 BLOCKS_PER_SM = 2  # of the routing, each with as many tokens
 COMBINE_PER_SM = 3  # blocks of the sum that run together
-# Slots of a call from which a launch of its own counts them, in so many parts; below, every block
-# of the routing looks through all. Measured on an H200 at 8,192 (2 us more) and 32,768 (8 less).
+# Slots of a call from which `route` has a launch of its own count them, in so many parts; below,
+# every block looks through all. Measured on an H200 at 8,192 (2 us more) and 32,768 (8 less).
+# `spread` always has.
 MANY_SLOTS = 1 << 14
 CHUNKS = 32
 # Of 256 columns of a token, that a warp brings at once with many slots, or where tokens are copied
@@ -71,7 +72,7 @@ class Spread(NamedTuple):
 
 
 def many(layer: LayerConfig, tokens: int) -> bool:
-    """Whether a call's slots are counted beforehand."""
+    """Whether `route` has a call's slots counted beforehand, and whether the sum works on more."""
     return tokens * layer.top_k >= MANY_SLOTS
 
 
@@ -157,7 +158,7 @@ def combine(
 
     Args:
         topk_weights: fp32, contiguous; out: `[tokens, H]`; sms: multiprocessors of the GPU.
-        lone: rows of tokens with one slot are there already.
+        lone: rows of tokens with one slot are there already, and are left as they are.
     """
     tokens, h = out.shape
     pieces = (LONE_PIECES if lone else PIECES) if many(layer, tokens) else 1

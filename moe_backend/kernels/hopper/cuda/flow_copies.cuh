@@ -15,8 +15,8 @@ DEVICE Item take_item(Shared& shared, int n) {
     return item;
 }
 
-// A warp that brings tokens for the first GEMM. It goes along with the second: a barrier tells a turn of the ring from
-// the next one, but not from the one after that.
+// A warp that brings tokens for the first GEMM. It goes along with the second, so that the ring does not turn without it:
+// a barrier tells a turn from the next one, but not from the one after that.
 DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
     const int lane = threadIdx.x % 32;
     Ring ring;
@@ -31,14 +31,16 @@ DEVICE void gather(const Layer& layer, Shared& shared, int warp) {
                 const int* tokens = shared.tokens[n % (QUEUE + 1)];
                 gather_step(layer, shared, item.columns(), tokens, ring.stage, step * STEP, warp, lane);
                 arrive_with_copies(&shared.full[ring.stage]);
-            } else if (lane == 0) {
-                barrier_arrive(&shared.full[ring.stage], 32);  // so that the ring does not turn without this warp
+            } else {
+                __syncwarp();  // the ring must not turn twice while a lane waits
+                if (lane == 0) barrier_arrive(&shared.full[ring.stage], 32);
             }
         }
     }
 }
 
-// A step's weights with their scales; of the step's barrier all but the copies of what they are multiplied with.
+// A step's weights with their scales; of the step's barrier all but the arrivals of the warps that bring tokens, and what
+// `copy_hidden` brings.
 template <bool GATED>
 DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, int stage, int k0) {
     const int lane = threadIdx.x % 32;

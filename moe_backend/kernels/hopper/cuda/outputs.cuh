@@ -1,4 +1,4 @@
-// GEMMs with weights first: who has what of their results, and outputs before the sum to rows in memory.
+// GEMMs with weights first: who has what of their results, and outputs, before the sum or as sums, to rows in memory.
 #pragma once
 
 #include "hits.cuh"

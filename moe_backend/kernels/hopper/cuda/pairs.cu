@@ -2,7 +2,8 @@
 //
 // Slots are sorted by expert and their activations lie in that order, so that the accelerator brings tokens as well
 // as weights. `list` says which experts were hit and where their positions begin and end. The first GEMM (GATED)
-// makes hidden columns, quantised per ROWS of them; the second the experts' outputs before the routing weights.
+// makes hidden columns, quantised per ROWS of them; the second the experts' outputs before the routing weights, and if
+// LONE, of tokens with one slot here, the sums themselves.
 //
 // Pairs. With full tiles the time goes by what L2 gives: a step of 128 tokens and 256 weight rows is 48 KB for 1,024
 // cycles of MMAs, twice what L2 has for each multiprocessor. So two blocks on neighbouring multiprocessors, a
@@ -70,7 +71,8 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // token_scale: `[K / 128, positions]`; weight_scale: `[E, (gate, up), scale_rows, scale_columns]`, or without the pair.
 // list: how many experts, and of each three numbers: expert, first position (a multiple of 4), end position.
 // out: hidden columns, `[positions, N]` e4m3 with out_scale `[N / ROWS, positions]`; or outputs, `[positions, N]` bf16.
-// targets: `[positions]`; sums: `[tokens, N]` bf16, which they are rows of; read and written by the second GEMM, if LONE.
+// If LONE the second GEMM reads targets, `[positions]`, and of those that have a row writes it in sums, `[tokens, N]` bf16,
+// not in out.
 // K is a multiple of 16, N of 8. Positions are a multiple of 4, and token_scale ends 512 bytes after its last.
 KERNEL void __launch_bounds__(THREADS, 1) pairs(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const float* token_scale,

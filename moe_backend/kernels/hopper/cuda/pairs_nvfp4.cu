@@ -3,7 +3,7 @@
 // Slots are sorted by expert and their activations lie in that order, in bf16 with columns in the decoder's order, so
 // that the accelerator brings tokens as well as weights. `list` says which experts were hit and where their positions
 // begin and end. The first GEMM (GATED) makes hidden columns; the second the experts' outputs before the routing
-// weights.
+// weights, and if LONE, of tokens with one slot here, the sums themselves.
 //
 // Pairs. Tokens are four times as long as weights here: for a step of 256 columns 128 tokens are 64 KB, 256 rows of
 // weights 36 KB with their scales, more than L2 has for a multiprocessor in the time of the MMAs. So two blocks on
@@ -87,7 +87,8 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // list: how many experts, and of each three numbers: expert, first position, end position.
 // out: `[positions, N]` bf16: hidden columns in the decoder's order, or outputs. N and K are multiples of 256; if
 // PADDED what there is of hidden columns in w13 and w2 ends before, after a multiple of 64, which is w13's scale_rows.
-// targets: `[positions]`; sums: `[tokens, N]` bf16, which they are rows of; read and written by the second GEMM, if LONE.
+// If LONE the second GEMM reads targets, `[positions]`, and of those that have a row writes it in sums, `[tokens, N]` bf16,
+// not in out.
 KERNEL void __launch_bounds__(THREADS, 1) pairs_nvfp4(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const u8* weight_scale,
     const float* weight_global, const int* list, u16* out, float limit, float alpha, float beta, int N, int K,

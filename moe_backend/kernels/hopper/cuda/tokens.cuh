@@ -53,7 +53,8 @@ struct Codes {
     }
 };
 
-// A warp's part of a token quantised, once if there may be MANY rows, to each of its rows of the operand, `[rows, H]` e4m3; scales to `[H / 128, rows]`.
+// A warp's part of a token, quantised, to each of its rows of the operand, `[rows, H]` e4m3, with scales, `[H / 128, rows]`.
+// All of the part is quantised first if there may be MANY rows, so that it is once.
 template <class Rows>
 DEVICE void store_codes(const Part& part, float weight, const Rows& to, int column, int H, int rows, u8* operand,
                         float* operand_scale) {
