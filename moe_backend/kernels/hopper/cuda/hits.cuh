@@ -68,8 +68,5 @@ template <int LENGTH> struct RingOf {
             phase ^= 1;
         }
     }
-    DEVICE void advance(int steps) {
-        for (int i = 0; i < steps; i++) advance();
-    }
 };
 typedef RingOf<STAGES> Ring;

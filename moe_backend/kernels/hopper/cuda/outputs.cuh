@@ -68,17 +68,17 @@ DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const O
 #pragma unroll (AIMED ? 1 : TURNED)  // with targets a turn is long
         for (int m = 0; m < tokens; m += 16) {
             if (first + m + n >= item_tokens) continue;
-            u16* row = to + static_cast<long long>(first + m) * H;
+            u16* there = to + static_cast<long long>(first + m) * H;
             Target target = {-1, 1.0f};
             if (AIMED) target = outputs.targets[first + m + n];
-            if (target.row >= 0) row = outputs.sums + static_cast<long long>(target.row) * H + column;
+            if (target.row >= 0) there = outputs.sums + static_cast<long long>(target.row) * H + column;
 #pragma unroll
             for (int b = 0; b < COUNT; b++) {
                 const int own = part + apart * b;
                 if (own >= parts) continue;
                 uint4 bits = *reinterpret_cast<const uint4*>(from + b * PART + m * 128);
                 if (AIMED) bits = weighted(bits, target.weight);  // with 1 as they are
-                *reinterpret_cast<uint4*>(row + own * 64) = bits;
+                *reinterpret_cast<uint4*>(there + own * 64) = bits;
             }
         }
     }
