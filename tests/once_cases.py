@@ -44,7 +44,7 @@ class Layer:
             "ROW_GROUPS": -(-self.h // (16 * self.blocks)), "ACTIVATION": self.activation,
             "HAS_MAP": int(self.num_ids != self.experts), "IDS64": int(self.wide_ids),
             "WEIGHT_ON_INPUT": int(self.weight_on_input), "SHARED_BYTES": SHARED,
-            "CONSUMERS": self.consumers, "CHUNK": self.chunk,
+            "CONSUMERS": self.consumers, "COPYING": self.producers, "CHUNK": self.chunk,
         }  # fmt: skip
         if self.format == FP8:
             constants |= {"N13": self.n13, "K13": self.k13, "N2": self.n2, "K2": self.k2}

@@ -24,6 +24,7 @@ LAYERS = {
     "fp8, equal parts": replace(STEP, consumers=2),
     "fp8, half a granule": replace(STEP, i=192, n2=64, wide_ids=True),
     "fp8, 16 tokens": replace(STEP, token_blocks=2),
+    "fp8, several hits to a counter": replace(STEP, h=128, experts=70, num_ids=75, top_k=9),
     "nvfp4": V4,
     "bf16": M3,
 }

@@ -356,6 +356,11 @@ inline void wait_until_at_least(const int* p, int value) {
     host::machine->pollers.push_back(host::machine->current);
     host::wait_for(host::describe_poll, p, value);
 }
+inline void wait_for_shared(const int* p, int value) { wait_until_at_least(p, value); }
+inline void store_shared(int* p, int value) {
+    host::maybe_yield();
+    *p = value;
+}
 inline void add_shared(int* p, int value) {
     host::maybe_yield(8);
     *p += value;

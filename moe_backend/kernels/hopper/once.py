@@ -23,7 +23,7 @@ from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 SOURCE = Path(__file__).parent / "cuda" / "once.cu"
 WARPS, CLERKS, COPYING = ONCE_WARPS, 2, 2  # that multiply, store hidden columns, and copy
 CHUNK = 2048  # bytes of a weight row in a step
-COUNTERS = 96  # int32 that a call counts in: three, in lines of memory of their own
+COUNTERS = 96  # int32 that a call counts in: three lines of memory
 ROOM = 8192  # layers times streams on a GPU
 
 
@@ -84,6 +84,7 @@ def _kernel(layer: LayerConfig, choice: Once, grid: int, long_ids: bool, mapped:
         "IDS64": int(long_ids),
         "WEIGHT_ON_INPUT": int(layer.apply_router_weight_on_input),
         "CONSUMERS": WARPS,
+        "COPYING": COPYING,
         "CHUNK": CHUNK,
         "SHARED_BYTES": SHARED_BYTES,
     }

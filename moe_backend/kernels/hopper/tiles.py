@@ -400,7 +400,7 @@ def _once_room(layer: LayerConfig, blocks: int) -> int:
     h, columns = layer.hidden_size, 8 * blocks
     hits = min(layer.num_local_experts, columns * layer.top_k)
     tokens = columns * (cdiv(2 * h - 64, 128) * 128 + 64)
-    sums = 2 * ONCE_WARPS * blocks * 512
+    sums = ONCE_WARPS * blocks * 512
     experts = layer.num_local_experts + layer.num_experts
     tables = 4 * (hits * (columns + 5) + experts + columns * layer.top_k + 96)
     room = SHARED_BYTES - tokens - sums - tables

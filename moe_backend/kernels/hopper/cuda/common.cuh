@@ -179,6 +179,16 @@ DEVICE void wait_until_at_least(const int* p, int value) {
     while (load_acquire(p) < value) {
     }
 }
+// The same for a number in shared memory that another warp of this block stores.
+DEVICE void wait_for_shared(const int* p, int value) {
+    int now;
+    do {
+        asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];" : "=r"(now) : "r"(shared_address(p)) : "memory");
+    } while (now < value);
+}
+DEVICE void store_shared(int* p, int value) {
+    asm volatile("st.release.cta.shared::cta.s32 [%0], %1;" ::"r"(shared_address(p)), "r"(value) : "memory");
+}
 // Returns what was there.
 DEVICE int add_release(int* p, int value) {
     int before;

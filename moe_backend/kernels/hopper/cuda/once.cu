@@ -17,15 +17,15 @@
 // of up, so a thread has gate and up of the same hidden column. Blocks claim units in order from a
 // counter in global memory, the first one too, one ahead of need: only a running block holds units and
 // it waits for nobody before they are done, so the launch cannot hang however few blocks run at a time. The warps
-// split a unit's K by granules and leave their sums in one of two buffers in shared memory. Each buffer
-// has a clerk, a further warp that adds, activates and stores what it finds there: until all blocks can
-// see a unit's hidden columns takes about as long as reading its weights, and consumers do not wait for
-// that. Hidden columns go to global memory in bf16, already times the routing weight (and NVFP4's
+// split a unit's K by granules and leave their sums in shared memory. Two clerks, further warps, take turns
+// at adding, activating and storing them: until all blocks can see a unit's hidden columns takes about as
+// long as reading its weights, and consumers do not wait for that. Hidden columns go to global memory in bf16, already times the routing weight (and NVFP4's
 // global scale of w2), which leaves a plain sum to the rest.
 //
 // Second GEMM: every block owns ROW_GROUPS x 16 rows of the output and sums over all hits, so nothing
 // is added across blocks. Its warps split (hit, granule of K) items and load the hidden columns of each
-// one item ahead of need. Sums over the warps come last. All sums are in an order that is fixed: which
+// one item ahead of need, as soon as its hit has them all: there is a counter for each hit, or for a few
+// neighbours, which a clerk watches once its block has no more units. Sums over the warps come last. All sums are in an order that is fixed: which
 // block computed a unit does not show, and results repeat bit for bit.
 //
 // Operands: activations are bf16 and stay so, and codes of weights become bf16 in registers, exactly:
@@ -43,9 +43,9 @@
 // Macros: FORMAT 0 bf16, 1 fp8, 2 nvfp4; SIZE_H, SIZE_I; EXPERTS (local), NUM_IDS (global), TOP_K;
 // TOKEN_BLOCKS: of eight tokens; ROW_GROUPS: 16 ROW_GROUPS gridDim.x >= SIZE_H; ACTIVATION, HAS_MAP,
 // IDS64, WEIGHT_ON_INPUT; N13, K13, N2, K2 (fp8): rows and columns that a weight scale covers;
-// CONSUMERS: warps that multiply; CHUNK: bytes of a weight row in a stage; SHARED_BYTES: the launch's
-// dynamic shared memory, of which the ring takes what the rest leaves.
-// Threads: 32 (CONSUMERS + CLERKS + 1 to 4), the last warps are producers.
+// CONSUMERS: warps that multiply; COPYING: producers; CHUNK: bytes of a weight row in a stage;
+// SHARED_BYTES: the launch's dynamic shared memory.
+// Threads: 32 (CONSUMERS + CLERKS + COPYING), in this order.
 #include "once_copies.cuh"
 #include "once_first_gemm.cuh"
 #include "once_routing.cuh"
@@ -68,21 +68,19 @@ DEVICE void consume(const Shared& s, const Problem& p, int warp, int lane) {
         first_gemm(s, p, turn, unit, count, warp, lane);
     }
     dismiss_clerks(s, count, warp, lane);
-    int hits = *s.hits();
-    wait_for_hidden(s, p, hits);
     if (output_rows() <= 0) return;
     Sums sums[ROW_GROUPS];
 #pragma unroll
     for (int r = 0; r < ROW_GROUPS; ++r) clear(sums[r]);
-    second_gemm(sums, s, p, turn, hits, warp, lane);
+    second_gemm(sums, s, p, turn, *s.hits(), warp, lane);
     store_output(sums, s, p, warp, lane);
 }
 
 // x, out: bf16 [tokens, H]. ids: [tokens, TOP_K]. topk_weights: fp32, likewise. expert_map: int32
 // [NUM_IDS]. w13_scale, w2_scale: fp32 (fp8) or e4m3 (nvfp4). w13_global: [EXPERTS, 2], w2_global:
-// [EXPERTS]. hidden: bf16 [HITS * TOKENS, I] for the launch's own use. counters: three ints, zero
-// before and after, 128 bytes apart.
-KERNEL void __launch_bounds__(MOST_THREADS, 1)
+// [EXPERTS]. hidden: bf16 [HITS * TOKENS, I] for the launch's own use. counters: 96 ints, zero before
+// and after: tickets, those of the groups of hits, exits, each from a line of 128 bytes on.
+KERNEL void __launch_bounds__(THREADS, 1)
     moe_once(const u8* x, const void* ids, const int* expert_map, const float* topk_weights, const u8* w13,
              const u8* w13_scale, const float* w13_global, const u8* w2, const u8* w2_scale,
              const float* w2_global, u16* hidden, u16* out, int* counters, int tokens, float limit,
@@ -92,15 +90,14 @@ KERNEL void __launch_bounds__(MOST_THREADS, 1)
     Problem p{x,        ids,       expert_map, topk_weights, w13,      w13_scale,     w13_global,    w2,
               w2_scale, w2_global, hidden,     out,          counters, counters + 32, counters + 64, tokens,
               limit,    alpha,     beta};
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, producers = blockDim.x / 32 - CONSUMERS - CLERKS;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(s.full(i), producers + (FORMAT == FP8 ? 32 : 0));
+            barrier_init(s.full(i), COPYING + (FORMAT == FP8 ? 32 : 0));
             barrier_init(s.assigned(i), 1);
             barrier_init(s.empty(i), CONSUMERS);
         }
         barrier_init(s.listed(), 1);
-        barrier_init(s.passed(), 1);
         for (int i = 0; i < CLERKS; ++i) {
             barrier_init(s.summed(i), CONSUMERS);
             barrier_init(s.taken(i), 1);
@@ -118,7 +115,7 @@ KERNEL void __launch_bounds__(MOST_THREADS, 1)
     else if (other < CLERKS)
         keep_books(s, p, other, lane);
     else if (other == CLERKS)
-        lead(s, p, {0, producers, lane});
+        lead(s, p, {0, lane});
     else
-        help(s, p, {other - CLERKS, producers, lane});
+        help(s, p, {other - CLERKS, lane});
 }

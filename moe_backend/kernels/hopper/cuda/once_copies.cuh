@@ -5,7 +5,7 @@
 
 // One of the block's warps that copy. The first leads: it routes, claims, and says what a stage is for.
 struct Producer {
-    int part, parts, lane;
+    int part, lane;
 
     DEVICE bool leads() const { return part == 0; }
 };
@@ -54,7 +54,7 @@ DEVICE void bring_unit(const Shared& s, const Problem& p, Turn& turn, int unit, 
         }
         bool copies = lane < 16 || (FORMAT == NVFP4 && (CHUNKS > 1 || row % 8 == 0));
         int copied = lane < 16 ? bytes : CHUNKS > 1 ? bytes / 8 : bytes;
-        if (row % me.parts == me.part && copies) copy_bulk(to, from, copied, full);
+        if (row % COPYING == me.part && copies) copy_bulk(to, from, copied, full);
         if (FORMAT == FP8 && me.leads()) {
             const float* gate =
                 reinterpret_cast<const float*>(p.w13_scale) +
@@ -76,7 +76,7 @@ DEVICE void bring_rows(const Shared& s, const Problem& p, Turn& turn, int hit, i
     int from = granule * GRANULE_BYTES, bytes = min(SLICE_BYTES, ROW2 - from);
     begin_stage(s, turn, SECOND_GEMM, pieces * rows * (bytes + (FORMAT == NVFP4 ? bytes / 8 : 0)), me);
     u64* full = s.full(turn.stage);
-    for (int n = me.lane * me.parts + me.part; n < pieces * (WHOLE ? 1 : ROWS); n += 32 * me.parts) {
+    for (int n = me.lane * COPYING + me.part; n < pieces * (WHOLE ? 1 : ROWS); n += 32 * COPYING) {
         int piece = WHOLE ? n : n / ROWS, row = WHOLE ? 0 : n % ROWS, copied = WHOLE ? rows * bytes : bytes;
         if (row >= rows) continue;
         long long at = (static_cast<long long>(s.hit_experts()[hit + piece]) * H + first + row) * ROW2 + from;
@@ -103,11 +103,13 @@ DEVICE void bring_rows(const Shared& s, const Problem& p, Turn& turn, int hit, i
 }
 
 // The last block to come here leaves the counters as the next launch wants them.
-DEVICE void leave_counters(const Shared& s, const Problem& p) {
-    barrier_wait(s.passed(), 0);
-    if (add_release(p.exited, 1) != static_cast<int>(gridDim.x) - 1) return;
+DEVICE void leave_counters(const Shared& s, const Problem& p, int hits, int lane) {
+    wait_for_shared(s.finished(), Groups(hits).count());
+    int before = lane == 0 ? add_release(p.exited, 1) : 0;
+    if (__shfl_sync(0xFFFFFFFF, before, 0) != static_cast<int>(gridDim.x) - 1) return;
+    p.done[lane] = 0;
+    if (lane != 0) return;
     *p.ticket = 0;
-    *p.done = 0;
     *p.exited = 0;
 }
 
@@ -134,7 +136,7 @@ DEVICE void lead(const Shared& s, const Problem& p, const Producer& me) {
         bring_unit(s, p, turn, unit, me);
     }
     bring_all_rows(s, p, turn, hits, me);
-    if (me.lane == 0) leave_counters(s, p);
+    leave_counters(s, p, hits, me.lane);
 }
 
 DEVICE void help(const Shared& s, const Problem& p, const Producer& me) {

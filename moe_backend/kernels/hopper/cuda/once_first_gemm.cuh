@@ -30,8 +30,14 @@ DEVICE void multiply_granule(Sums& sums, const Shared& s, const Turn& turn, int 
     }
 }
 
-// A unit's hidden columns from all warps' sums.
-DEVICE void store_hidden(const Shared& s, const Problem& p, const float4* sums, int unit, int lane) {
+// A unit's hidden columns from all warps' sums, which may be overwritten as soon as they are read.
+DEVICE void store_hidden(const Shared& s, const Problem& p, int unit, u64* taken, int lane) {
+    float4 sums[TOKEN_BLOCKS];
+#pragma unroll
+    for (int n = 0; n < TOKEN_BLOCKS; ++n)
+        sums[n] = sum_of_warps(s.sums() + n * 32 + lane, TOKEN_BLOCKS * 32);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(taken);
     constexpr int BIT = FORMAT == NVFP4 ? 4 : FORMAT == FP8 ? 2 : 1;
     int hit = unit / UNITS, column = unit % UNITS * 8, t = lane % 4;
     float4 factors = FORMAT == NVFP4 ? s.factors()[hit] : make_float4(1.0f, 1.0f, 1.0f, 0.0f);
@@ -39,7 +45,7 @@ DEVICE void store_hidden(const Shared& s, const Problem& p, const float4* sums, 
     int at = place_of(column, NARROW);
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n) {
-        float4 v = sum_of_warps(sums + n * 32 + lane, TOKEN_BLOCKS * 32);
+        const float4& v = sums[n];
         float2 weight = read<float2>(weights + n * 8 + 2 * t);
         float first = activate<ACTIVATION>(v.x * factors.x, v.z * factors.y, p.limit, p.alpha, p.beta);
         float second = activate<ACTIVATION>(v.y * factors.x, v.w * factors.y, p.limit, p.alpha, p.beta);
@@ -51,15 +57,21 @@ DEVICE void store_hidden(const Shared& s, const Problem& p, const float4* sums, 
         *reinterpret_cast<uint4*>(p.hidden + static_cast<long long>(hit * p.tokens + token) * I + at) = eight;
     }
     __syncwarp();
-    if (lane == 0) add_release(p.done, 1);
+    if (lane == 0) add_release(p.done + Groups(*s.hits()).of(hit), 1);
 }
 
-// By each warp that multiplies, once its sums are in the buffer.
+// By each warp that multiplies, once its sums are there.
 DEVICE void tell_clerk(const Shared& s, int which, int unit, int warp, int lane) {
     __syncwarp();
     if (lane != 0) return;
     if (warp == 0) *s.summed_unit(which) = unit;
     barrier_arrive(s.summed(which));
+}
+
+// Until the sums of the last of so many units are read.
+DEVICE void wait_for_clerk(const Shared& s, int units) {
+    int last = units - 1;
+    if (units > 0) barrier_wait(s.taken(last % CLERKS), last / CLERKS & 1);
 }
 
 // The unit whose first stage is there; `count` of them came before.
@@ -77,22 +89,32 @@ DEVICE void first_gemm(const Shared& s, const Problem& p, Turn& turn, int unit, 
                 multiply_granule(sums, s, turn, first + local, local, lane);
         release_stage(s, turn, lane);
     }
-    int to = count % CLERKS;
-    barrier_wait(s.taken(to), count / CLERKS & 1 ^ 1);
-    float4* buffer = s.sums() + to * SUMS;
+    wait_for_clerk(s, count);
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n)
-        buffer[(warp * TOKEN_BLOCKS + n) * 32 + lane] =
+        s.sums()[(warp * TOKEN_BLOCKS + n) * 32 + lane] =
             make_float4(total(sums[n], 0), total(sums[n], 1), total(sums[n], 2), total(sums[n], 3));
-    tell_clerk(s, to, unit, warp, lane);
+    tell_clerk(s, count % CLERKS, unit, warp, lane);
 }
 
-// No more units.
+// No more units. The clerk that has been idle for longer is to watch.
 DEVICE void dismiss_clerks(const Shared& s, int count, int warp, int lane) {
-#pragma unroll 1
-    for (int last = count + CLERKS; count < last; ++count) {
-        barrier_wait(s.taken(count % CLERKS), count / CLERKS & 1 ^ 1);
-        tell_clerk(s, count % CLERKS, SECOND_GEMM, warp, lane);
+    wait_for_clerk(s, count);
+    tell_clerk(s, count % CLERKS, WATCH, warp, lane);
+    tell_clerk(s, (count + 1) % CLERKS, SECOND_GEMM, warp, lane);
+}
+
+// Tells this block which groups of hits have all their hidden columns: a lane looks after each.
+DEVICE void watch(const Shared& s, const Problem& p, int lane) {
+    Groups groups(*s.hits());
+    bool waits = lane < groups.count();
+    for (int finished = 0; finished < groups.count();) {
+        if (waits && load_acquire(p.done + lane) >= groups.units(lane)) waits = false;
+        u32 waited = __ballot_sync(0xFFFFFFFF, waits);
+        int now = waited == 0 ? groups.count() : __ffs(static_cast<int>(waited)) - 1;
+        if (now == finished) continue;
+        finished = now;
+        if (lane == 0) store_shared(s.finished(), now);
     }
 }
 
@@ -101,8 +123,8 @@ DEVICE void keep_books(const Shared& s, const Problem& p, int which, int lane) {
     for (int phase = 0;; phase ^= 1) {
         barrier_wait(s.summed(which), phase);
         int unit = *s.summed_unit(which);
-        if (unit == SECOND_GEMM) return;
-        store_hidden(s, p, s.sums() + which * SUMS, unit, lane);
-        if (lane == 0) barrier_arrive(s.taken(which));
+        if (unit == WATCH) watch(s, p, lane);
+        if (unit < 0) return;
+        store_hidden(s, p, unit, s.taken(which), lane);
     }
 }

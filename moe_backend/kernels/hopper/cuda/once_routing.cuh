@@ -4,6 +4,7 @@
 #include "once_shared.cuh"
 
 DEVICE void clear_tables(const Shared& s) {
+    if (threadIdx.x == 0) *s.finished() = 0;
     u32* weights = reinterpret_cast<u32*>(s.weights());
     for (int n = threadIdx.x; n < HITS * TOKENS; n += blockDim.x) weights[n] = ABSENT;
     for (int n = threadIdx.x; n < up_to(EXPERTS, 32); n += blockDim.x) s.ranks()[n] = 0;

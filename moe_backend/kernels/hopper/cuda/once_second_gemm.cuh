@@ -6,9 +6,11 @@
 
 typedef uint4 Columns[TOKEN_BLOCKS][LOADS];  // a lane's bf16 hidden columns of an item
 
-// Item: granule item % GRANULES2 of hit item / GRANULES2.
-DEVICE void load_hidden(Columns& v, const Shared& s, const Problem& p, int item, int lane) {
+// Item: granule item % GRANULES2 of hit item / GRANULES2. Waits until its hidden columns are written.
+DEVICE void load_hidden(Columns& v, const Shared& s, const Problem& p, const Groups& groups, int item,
+                        int lane) {
     int hit = item / GRANULES2, first = item % GRANULES2 * GRANULE, g = lane / 4, t = lane % 4;
+    wait_for_shared(s.finished(), groups.of(hit) + 1);
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n) {
         int token = n * 8 + g;
@@ -85,12 +87,13 @@ DEVICE int end_of_stage(int first, int items) {
 DEVICE void second_gemm(Sums (&sums)[ROW_GROUPS], const Shared& s, const Problem& p, Turn& turn, int hits,
                         int warp, int lane) {
     int items = hits * GRANULES2, first = 0, last = end_of_stage(0, items);
+    Groups groups(hits);
     Columns columns;
-    if (warp < items) load_hidden(columns, s, p, warp, lane);
+    if (warp < items) load_hidden(columns, s, p, groups, warp, lane);
     for (int item = warp; item < items; item += CONSUMERS) {
         Operand b;
         to_operand(b, columns);
-        if (item + CONSUMERS < items) load_hidden(columns, s, p, item + CONSUMERS, lane);
+        if (item + CONSUMERS < items) load_hidden(columns, s, p, groups, item + CONSUMERS, lane);
         while (item >= last) {
             release_stage(s, turn, lane);
             first = last;
@@ -129,13 +132,4 @@ DEVICE void store_output(const Sums (&sums)[ROW_GROUPS], const Shared& s, const 
         to[0] = low;
         to[1] = high;
     }
-}
-
-// Until all hidden columns are written.
-DEVICE void wait_for_hidden(const Shared& s, const Problem& p, int hits) {
-    if (threadIdx.x == 0) {
-        wait_until_at_least(p.done, hits * UNITS);
-        barrier_arrive(s.passed());
-    }
-    named_sync(1, CONSUMERS * 32);
 }

@@ -13,7 +13,7 @@ struct Problem {
     const u8 *w2, *w2_scale;
     const float* w2_global;
     u16 *hidden, *out;
-    int *ticket, *done, *exited;
+    int *ticket, *done, *exited;  // units claimed; of each group units done; blocks that are past them
     int tokens;
     float limit, alpha, beta;
 };
@@ -27,7 +27,7 @@ struct Shared {
     DEVICE u8* tokens() const { return ring + STAGES * STAGE; }
     DEVICE float4* sums() const { return reinterpret_cast<float4*>(tokens() + TOKENS_BYTES); }
     // [hit][token], ABSENT or a routing weight
-    DEVICE float* weights() const { return reinterpret_cast<float*>(sums() + 2 * SUMS); }
+    DEVICE float* weights() const { return reinterpret_cast<float*>(sums() + SUMS); }
     DEVICE int* hit_experts() const { return reinterpret_cast<int*>(weights() + HITS * TOKENS); }
     DEVICE int* slot_experts() const { return hit_experts() + up_to(HITS, 4); }
     // of each expert whether it is hit, then which hit it is
@@ -36,23 +36,24 @@ struct Shared {
     // of a hit NVFP4's factors of gate, of up and of the hidden columns
     DEVICE float4* factors() const { return reinterpret_cast<float4*>(map() + MAP); }
     DEVICE int* hits() const { return reinterpret_cast<int*>(factors() + FACTORS); }
+    // how many groups of hits have all their hidden columns, up to the first that has not
+    DEVICE int* finished() const { return hits() + 1; }
     DEVICE u64* full(int s) const { return reinterpret_cast<u64*>(hits() + 4) + s; }
     DEVICE u64* empty(int s) const { return full(STAGES) + s; }
-    // what a stage is for is known; the hits are; this block waits for no counter any more
+    // what a stage is for is known; the hits are
     DEVICE u64* assigned(int s) const { return empty(STAGES) + s; }
     DEVICE u64* listed() const { return assigned(STAGES); }
-    DEVICE u64* passed() const { return listed() + 1; }
-    // a clerk's buffer of sums is full; it is read
-    DEVICE u64* summed(int b) const { return passed() + 1 + b; }
-    DEVICE u64* taken(int b) const { return passed() + 3 + b; }
-    // of a buffer the unit whose sums it has
-    DEVICE int* summed_unit(int b) const { return reinterpret_cast<int*>(passed() + 5) + b; }
+    // sums for a clerk are there; it has read them
+    DEVICE u64* summed(int b) const { return listed() + 1 + b; }
+    DEVICE u64* taken(int b) const { return summed(CLERKS) + b; }
+    // the unit whose sums they are
+    DEVICE int* summed_unit(int b) const { return reinterpret_cast<int*>(taken(CLERKS)) + b; }
     // of a stage the unit that it belongs to, or one of
-    DEVICE int* unit(int s) const { return summed_unit(2) + s; }
+    DEVICE int* unit(int s) const { return summed_unit(CLERKS) + s; }
 };
-static_assert(CLERKS == 2, "buffers of sums");
 
-constexpr int SECOND_GEMM = -1;  // in place of a unit
+// In place of a unit: there are no more; for a clerk, to watch from then on.
+constexpr int SECOND_GEMM = -1, WATCH = -2;
 
 // The stage of the ring that comes next to a warp.
 struct Turn {
@@ -63,6 +64,19 @@ struct Turn {
             phase ^= 1;
         }
     }
+};
+
+// Consecutive hits, as few together as may be, so that there are at most GROUPS of them.
+struct Groups {
+    int hits, shift = 0;
+
+    DEVICE explicit Groups(int hits) : hits(hits) {
+        while ((hits - 1) >> shift >= GROUPS) ++shift;
+    }
+    DEVICE int of(int hit) const { return hit >> shift; }
+    DEVICE int count() const { return (hits - 1 >> shift) + 1; }
+    // How many units a group has.
+    DEVICE int units(int group) const { return (min((group + 1) << shift, hits) - (group << shift)) * UNITS; }
 };
 
 // Of this block.

@@ -12,11 +12,12 @@
 
 constexpr int H = SIZE_H, I = SIZE_I;
 constexpr int CLERKS = 2;  // warps that store hidden columns
-constexpr int MOST_THREADS = (CONSUMERS + CLERKS + 4) * 32;
+constexpr int THREADS = (CONSUMERS + CLERKS + COPYING) * 32;
 constexpr int TOKENS = 8 * TOKEN_BLOCKS;
 constexpr int SLOTS = TOKENS * TOP_K;
 constexpr int HITS = SLOTS < EXPERTS ? SLOTS : EXPERTS;
 constexpr int UNITS = I / 8;  // of a hit
+constexpr int GROUPS = 32;    // of hits, at most, that have a counter each: a line of memory, a lane's each
 constexpr int ROWS = 16 * ROW_GROUPS;
 constexpr u32 ABSENT = 0xFFFFFFFF;  // as a routing weight: the token is not routed to the hit
 
@@ -26,7 +27,7 @@ constexpr int GRANULE = FORMAT == BF16 ? 64 : 128;  // columns that a warp multi
 constexpr int GRANULE_BYTES = GRANULE * NIBBLES / 2;
 constexpr int LOADS = GRANULE / 32;                // of a lane: eight columns of a token, 16 bytes
 constexpr int WORDS = 4 * LOADS;                   // of a lane's operand b
-constexpr int CHAINS = TOKEN_BLOCKS == 1 ? 2 : 1;  // of MMAs that wait for each other
+constexpr int CHAINS = TOKEN_BLOCKS == 1 ? 1 : 1;  // of MMAs that wait for each other
 constexpr int STEP = FORMAT == NVFP4 ? 2 : 1;      // granules whose block scales are 16 bytes
 constexpr int SUB = NARROW ? 32 : 128;             // columns of w2 that are summed before they are scaled
 
@@ -56,12 +57,12 @@ constexpr bool EVEN = GRANULES1 == CHUNKS * CHUNK_GRANULES && CHUNK_GRANULES % C
 // What is in shared memory beside the ring.
 constexpr int TOKEN_STRIDE = padded(2 * H);
 constexpr int TOKENS_BYTES = TOKENS * TOKEN_STRIDE;
-constexpr int SUMS = CONSUMERS * TOKEN_BLOCKS * 32;  // float4s of a buffer of the first GEMM's sums
+constexpr int SUMS = CONSUMERS * TOKEN_BLOCKS * 32;  // float4s: of the first GEMM, of all warps
 constexpr int WEIGHTS_BYTES = HITS * TOKENS * 4;
 constexpr int MAP = HAS_MAP ? up_to(NUM_IDS, 32) : 0, FACTORS = FORMAT == NVFP4 ? HITS : 0;
 constexpr int TABLES_BYTES =
     4 * (up_to(EXPERTS, 32) + up_to(HITS, 4) + up_to(SLOTS, 4) + MAP + 4 * FACTORS + 4);
-constexpr int BESIDES = TOKENS_BYTES + 2 * SUMS * 16 + WEIGHTS_BYTES + TABLES_BYTES;
+constexpr int BESIDES = TOKENS_BYTES + SUMS * 16 + WEIGHTS_BYTES + TABLES_BYTES;
 constexpr int ROOM = SHARED_BYTES - BESIDES - 64;
 
 // A stage of the second GEMM: a slice of a hit's rows, or PIECES hits.
@@ -90,10 +91,15 @@ constexpr int PIECE_SCALES = FORMAT == FP8     ? ROW_GROUPS * SUBS * 4
 constexpr int STAGE_DATA = larger(16 * STRIDE1, PIECES * PIECE);
 constexpr int STAGE = up_to(STAGE_DATA + larger(SCALES1, PIECES * PIECE_SCALES), 128);
 
-constexpr int STAGES = ROOM / (STAGE + 32);
+// More bytes of w13 on their way make memory slower, measured on an H200: at hidden 4096 three stages are faster
+// than two, four or five, with bf16 at 6144 two than three. The last sums of all warps go where the ring was.
+constexpr int ON_THEIR_WAY = (FORMAT == BF16 ? 80 : 112) * 1024;
+constexpr int LAST_SUMS = SUMS * ROW_GROUPS * 16;
+constexpr int STAGES =
+    smaller(ROOM / (STAGE + 32), larger(ON_THEIR_WAY / (16 * STRIDE1), ceil_div(LAST_SUMS, STAGE)));
 
 static_assert(STAGES >= 2, "the tokens leave too little shared memory for the ring");
-static_assert(STAGES * STAGE >= SUMS * ROW_GROUPS * 16, "the last sums do not fit into the ring");
+static_assert(STAGES * STAGE >= LAST_SUMS, "the last sums do not fit into the ring");
 static_assert(CONSUMERS > 0 && (CONSUMERS & (CONSUMERS - 1)) == 0 && CONSUMERS <= 16, "CONSUMERS");
 static_assert(EXPERTS <= 1024 && (HAS_MAP || NUM_IDS == EXPERTS), "EXPERTS");
 static_assert(H % (FORMAT == BF16 ? 32 : FORMAT == FP8 ? 128 : 256) == 0, "SIZE_H");
