@@ -40,15 +40,15 @@ def call_of(weights, shape=SMALL):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Calls are made and not captured; a timed one takes 7 µs. Returns how many were timed."""
+    """Calls are made and not captured; a timed one takes 7 µs. Returns what L2 held before each."""
     timed = []
 
     def capture(call, args):
         out = call(*args)
         return lambda: out.copy_(call(*args)), out
 
-    def microseconds(replay, milliseconds=60):
-        timed.append(replay)
+    def microseconds(replay, milliseconds=60, cache="written"):
+        timed.append(cache)
         return 7.0
 
     monkeypatch.setattr(measure, "capture", capture)
@@ -307,6 +307,44 @@ def test_rivals_of_the_padded_layer_are_measured_once_and_named(on_cpu, monkeypa
     assert seen == [64, 96]
 
 
+def test_what_l2_holds_before_is_for_all_backends_and_in_the_rows(on_cpu, monkeypatch):
+    def build(layer, weights, wanted, milliseconds):
+        yield Rival("right", lambda args: (call_of(weights), ""))
+
+    monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
+    monkeypatch.setattr(vllm_rivals, "build", build)
+    bench = run.Bench(H200, ("right",), lambda text: None, "cpu", "read")
+    rows = bench.rows(SMALL, "uniform")
+    assert {row.cache for row in rows} == {"read"}
+    assert on_cpu == ["read"] * 4
+    assert "what L2 held before was read" in report.markdown(rows)
+
+
+def test_timing_after_reading(monkeypatch):
+    done, clock = [], iter(range(10**6))
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            done.append("record")
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.at - self.at)
+
+    class Other:
+        def sum(self):
+            done.append("read")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: Other())
+    assert measure.microseconds(lambda: done.append("replay"), 60, "read") == 2000.0
+    assert done == ["read", "record", "replay", "record"] * (5 + 7 + 30)
+
+
 def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):
     monkeypatch.setattr(vllm_rivals, "installed", lambda: False)
     rows = run.Bench(H200, vllm_rivals.NAMES, lambda text: None, "cpu").rows(SMALL, "uniform")
@@ -546,11 +584,12 @@ def test_ours_wrong_is_a_failure(tmp_path, capsys):
 class FakeBench:
     """Rows without measuring."""
 
-    def __init__(self, rates, wanted, say):
-        self.wanted = wanted
+    def __init__(self, rates, wanted, say, cache):
+        self.wanted, self.cache = wanted, cache
 
     def rows(self, shape, routing, keep):
-        found = [Row(shape.name, t, routing, 1.0, 2.0, dict.fromkeys(self.wanted)) for t in (1, 8)]
+        rivals = dict.fromkeys(self.wanted)
+        found = [Row(shape.name, t, routing, 1.0, 2.0, rivals, cache=self.cache) for t in (1, 8)]
         keep(found)
         if shape.name == "deepseek-v3-ep8":
             raise KeyboardInterrupt
@@ -572,6 +611,9 @@ def test_what_a_run_leaves(monkeypatch, tmp_path, capsys):
         ("minimax-m3", "uniform"), ("minimax-m3", "zipf"),
         ("gpt-oss-like", "uniform"), ("gpt-oss-like", "zipf"),
     ]  # fmt: skip
+    assert {row.cache for row in rows} == {"written"}
+    assert main(["bench", "--shape", "minimax-m3", "--cache", "read", "--json", str(file)]) == 0
+    assert {row.cache for row in report.read_json(file)} == {"read"}
     said = capsys.readouterr().err
     assert "vLLM is not installed here: ours is timed alone" in said
     assert "gpt-oss-like zipf: 0 s, 3.0 GiB" in said

@@ -14,6 +14,7 @@ from moe_backend.bench import report
 from moe_backend.bench.checkpoint import shape_of
 from moe_backend.bench.floor import rates
 from moe_backend.bench.inputs import ROUTINGS
+from moe_backend.bench.measure import CACHES
 from moe_backend.bench.plot import plot
 from moe_backend.bench.run import Bench, free
 from moe_backend.bench.shapes import SHAPES, USUAL, Shape
@@ -52,6 +53,14 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         choices=vllm_rivals.NAMES,
         metavar="NAME",
         help="only these backends of the installed vLLM; without a name: none",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="written",
+        help="what fills L2 before each replay: zeros just written, which go back to memory while "
+        "the layer is timed (default, as triton.testing.do_bench), or data that was read, as "
+        "between a model's layers",
     )
     parser.add_argument(
         "--budget",
@@ -125,7 +134,7 @@ def _measure(args: argparse.Namespace) -> list[report.Row]:
     todo = [(shape, routing) for shape in shapes for routing in routings]
     start = time.monotonic()
     with vllm_rivals.context(), _progress() as progress:
-        bench = Bench(rates(), wanted, progress)
+        bench = Bench(rates(), wanted, progress, cache=args.cache)
         for i, (shape, routing) in enumerate(todo):
             began = time.monotonic()
             if args.budget is not None and began - start > args.budget:

@@ -22,6 +22,7 @@ class Row:
         kernel: of ours, with what it chose for this many tokens.
         notes: by backend, why it could not run, or what it chose.
         device, versions, date, rates: of the run; rates are those that the floor assumes.
+        cache: what L2 held before each replay, one of `measure.CACHES`.
     """
 
     case: str
@@ -37,6 +38,7 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     date: str = ""
+    cache: str = "written"
 
     @property
     def best_rival(self) -> tuple[str, float] | None:
@@ -143,7 +145,9 @@ def markdown(rows: list[Row]) -> str:
         f"{row.device}, {row.date}: " + ", ".join(f"{k} {v}" for k, v in row.versions.items())
         for row in rows
     )
-    lines += ["", "Microseconds a layer in CUDA graph replay.", *runs, *summary(rows)]
+    held = " or ".join(dict.fromkeys(row.cache for row in rows))
+    lines += ["", f"Microseconds a layer in CUDA graph replay; what L2 held before was {held}."]
+    lines += [*runs, *summary(rows)]
     return "\n".join(lines) + "\n"
 
 

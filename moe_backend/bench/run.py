@@ -34,6 +34,7 @@ class Bench:
     Args:
         wanted: names of the rivals to measure.
         say: told what is being measured now.
+        cache: what L2 holds before each replay, one of `measure.CACHES`.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Bench:
         wanted: Collection[str],
         say: Callable[[str], None],
         device: str = "cuda",
+        cache: str = "written",
     ) -> None:
         self.rates = rates
+        self.cache = cache
         self.wanted = wanted
         self.say = say
         self.device = device
@@ -52,6 +55,7 @@ class Bench:
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
             "rates": asdict(rates),
+            "cache": cache,
         }
         self._rivals: dict[tuple[Shape, str], Results] = {}
 
@@ -98,7 +102,7 @@ class Bench:
         kernel = ours.selection.kernel
         for tokens, given in inputs.items():
             self.say(f"{shape.name}: ours, {tokens} tokens")
-            row, result = rows[tokens], measure(ours, given)
+            row, result = rows[tokens], measure(ours, given, cache=self.cache)
             row.ours_us, row.rel_l2 = result.us, result.rel_l2
             row.kernel = f"{kernel.name}: {choice_of(kernel, layer, tokens)}".rstrip(": ")
             if result.note:
@@ -148,7 +152,7 @@ class Bench:
                 except Exception as error:  # the other backends are still measured
                     results[tokens][rival.name] = Result(None, None, reason(error))
                     continue
-                results[tokens][rival.name] = measure(call, given, note)
+                results[tokens][rival.name] = measure(call, given, note, self.cache)
                 del call
             del rival
             free()
