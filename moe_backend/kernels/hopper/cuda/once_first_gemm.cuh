@@ -114,6 +114,7 @@ DEVICE void watch(const Shared& s, const Problem& p, int lane) {
         int now = waited == 0 ? groups.count() : __ffs(static_cast<int>(waited)) - 1;
         if (now == finished) continue;
         finished = now;
+        __syncwarp();  // what other lanes have seen comes before what lane 0 says (a ballot is no fence)
         if (lane == 0) store_shared(s.finished(), now);
     }
 }
