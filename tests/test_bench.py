@@ -309,15 +309,22 @@ def test_rivals_of_the_padded_layer_are_measured_once_and_named(on_cpu, monkeypa
 
 def test_what_l2_holds_before_is_for_all_backends_and_in_the_rows(on_cpu, monkeypatch):
     def build(layer, weights, wanted, milliseconds):
-        yield Rival("right", lambda args: (call_of(weights), ""))
+        call = call_of(weights)
+        milliseconds(call, make_inputs(SMALL, weights, 1, "uniform", "cpu").args)  # to choose tiles
+        yield Rival("right", lambda args: (call, ""))
 
     monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
     monkeypatch.setattr(vllm_rivals, "build", build)
     bench = run.Bench(H200, ("right",), lambda text: None, "cpu", "read")
     rows = bench.rows(SMALL, "uniform")
     assert {row.cache for row in rows} == {"read"}
-    assert on_cpu == ["read"] * 4
+    assert on_cpu == ["read"] * 5
     assert "what L2 held before was read" in report.markdown(rows)
+    assert "(L2 read)" in report.line(rows[0])
+    both = report.markdown([*rows, replace(rows[0], cache="written")])
+    assert "| layer | L2 before | tokens |" in both
+    assert both.count("| read |") == 2
+    assert both.count("| written |") == 1
 
 
 def test_timing_after_reading(monkeypatch):
@@ -342,7 +349,8 @@ def test_timing_after_reading(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: Other())
     assert measure.microseconds(lambda: done.append("replay"), 60, "read") == 2000.0
-    assert done == ["read", "record", "replay", "record"] * (5 + 7 + 30)
+    # The first five take 18 from the first event to the last: 3.6 each.
+    assert done == ["read", "record", "replay", "record"] * (5 + 15 * 10 // 36 + 60 * 10 // 36)
 
 
 def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):

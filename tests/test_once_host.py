@@ -24,7 +24,7 @@ LAYERS = {
     "fp8, equal parts": replace(STEP, consumers=2),
     "fp8, half a granule": replace(STEP, i=192, n2=64, wide_ids=True),
     "fp8, 16 tokens": replace(STEP, token_blocks=2),
-    "fp8, several hits to a counter": replace(STEP, h=128, experts=70, num_ids=75, top_k=9),
+    "bf16, 32 tokens": Layer(BF16, 160, 160, SWIGLUOAI, experts=36, num_ids=40, token_blocks=4),
     "nvfp4": V4,
     "bf16": M3,
 }
@@ -44,6 +44,13 @@ def test_repeats_bit_for_bit(layer: Layer) -> None:
     case = Case(layer, 8)
     first = case.run(0)
     assert all(torch.equal(first, case.run(seed)) for seed in (1, 2))
+
+
+@pytest.mark.parametrize("hits", [31, 32, 33, 64, 65, 70])
+def test_a_counter_for_one_hit_or_for_several(hits: int) -> None:
+    case = Case(Layer(FP8, 128, 256, SWIGLUSTEP, experts=70, num_ids=70, top_k=9), 8)
+    case.ids = (torch.arange(72) % hits).view(8, 9)
+    case.check(case.run(hits))
 
 
 @pytest.mark.parametrize("resident", [1, 2])

@@ -79,10 +79,10 @@ def microseconds(
     replay: Callable[[], None], milliseconds: int = 60, cache: str = "written"
 ) -> float:
     """Median of replays for so long, each with a cold L2 cache; `cache` is one of CACHES."""
-    from triton.testing import do_bench
-
     if cache == "read":
         return 1e3 * _after_reading(replay, milliseconds)
+    from triton.testing import do_bench
+
     return float(do_bench(replay, warmup=WARM_UP, rep=milliseconds, return_mode="median")) * 1e3
 
 
@@ -90,22 +90,26 @@ def _after_reading(replay: Callable[[], None], milliseconds: int) -> float:
     """As `do_bench`, in milliseconds, but that L2 is full of what was read before each replay."""
     other = torch.zeros(OTHER_BYTES // 4, dtype=torch.int32, device="cuda")
 
-    def median(count: int) -> float:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for begin, end in pairs:
+    def events(count: int) -> list[torch.cuda.Event]:
+        """One before and one after each replay."""
+        found = [torch.cuda.Event(enable_timing=True) for _ in range(2 * count)]
+        for begin, end in zip(found[::2], found[1::2], strict=True):
             other.sum()
             begin.record()
             replay()
             end.record()
         torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+        return found
 
-    once = max(median(5), 1e-3)
-    median(max(1, int(WARM_UP / once)))
-    return median(max(1, int(milliseconds / once)))
+    first = events(5)
+    once = first[0].elapsed_time(first[-1]) / 5  # with reading, as `do_bench` has it
+    events(max(1, int(WARM_UP / once)))
+    timed = events(max(1, int(milliseconds / once)))
+    pairs = zip(timed[::2], timed[1::2], strict=True)
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
 
 
-def quick_milliseconds(call: Experts, args: Args) -> float:
+def quick_milliseconds(call: Experts, args: Args, cache: str = "written") -> float:
     """For choosing among many: replays for a few milliseconds, unchecked."""
     replay, _ = capture(call, args)
-    return microseconds(replay, 10) / 1e3
+    return microseconds(replay, 10, cache) / 1e3

@@ -115,7 +115,8 @@ def summary(rows: list[Row]) -> list[str]:
 
 def line(row: Row) -> str:
     """A row as one line of text."""
-    text = f"{row.case:22} {row.routing:7} {row.tokens:6} floor {row.floor_us:7.1f}"
+    read = " (L2 read)" if row.cache == "read" else ""
+    text = f"{row.case:22} {row.routing:7} {row.tokens:6}{read} floor {row.floor_us:7.1f}"
     if isinstance(row.ours_us, float):
         text += f"  ours {row.ours_us:7.1f} ({row.over_floor:.2f}x floor)"
     else:
@@ -130,14 +131,16 @@ def line(row: Row) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table, with where and when they were measured."""
-    routed = len({row.routing for row in rows}) > 1
-    head = ["layer", *(["routing"] if routed else []), "tokens", "floor", "ours", "× floor"]
+    routed, cached = (len({getattr(r, name) for r in rows}) > 1 for name in ("routing", "cache"))
+    head = ["layer", *(["routing"] if routed else []), *(["L2 before"] if cached else [])]
+    head += ["tokens", "floor", "ours", "× floor"]
     head += ["best rival", "ours is faster by"]
     table = [head, ["---"] * len(head)]
     for row in rows:
         best, over, by = row.best_rival, row.over_floor, row.faster_by
-        cells = [row.case, *([row.routing] if routed else []), str(row.tokens)]
-        cells += [f"{row.floor_us:.1f}", _cell(row.ours_us), "–" if over is None else f"{over:.2f}"]
+        cells = [row.case, *([row.routing] if routed else []), *([row.cache] if cached else [])]
+        cells += [str(row.tokens), f"{row.floor_us:.1f}"]
+        cells += [_cell(row.ours_us), "–" if over is None else f"{over:.2f}"]
         cells += [f"{best[1]:.1f} {best[0]}" if best else "–", "–" if by is None else f"{by:.2f}"]
         table.append(cells)
     lines = [f"| {' | '.join(cells)} |" for cells in table]

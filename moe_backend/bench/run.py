@@ -8,6 +8,7 @@ import importlib.metadata
 import subprocess
 from collections.abc import Callable, Collection
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,8 @@ class Bench:
     ) -> Results:
         results: Results = {t: {} for t in inputs}
         layer = shape.layer(self.device)
-        offers = vllm_rivals.build(layer, weights, self.wanted, quick_milliseconds)
+        quick = partial(quick_milliseconds, cache=self.cache)
+        offers = vllm_rivals.build(layer, weights, self.wanted, quick)
         for rival in offers:
             for tokens, given in inputs.items():
                 if isinstance(rival, Missing):

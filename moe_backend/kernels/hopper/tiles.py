@@ -406,7 +406,7 @@ def _once_room(layer: LayerConfig, blocks: int) -> int:
     room = SHARED_BYTES - tokens - sums - tables
     # 16 rows of 2 KB, or a third of the room for those of the second GEMM, in rows that are padded.
     stage = max(16 * 2048, min(24 * 2048, room // 3)) * 9 // 8
-    return room - 2 * (stage + stage // 8)  # and their scales
+    return room - 2 * (stage + stage // 7)  # and their scales
 
 
 def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:

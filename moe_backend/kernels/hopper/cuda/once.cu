@@ -19,14 +19,16 @@
 // it waits for nobody before they are done, so the launch cannot hang however few blocks run at a time. The warps
 // split a unit's K by granules and leave their sums in shared memory. Two clerks, further warps, take turns
 // at adding, activating and storing them: until all blocks can see a unit's hidden columns takes about as
-// long as reading its weights, and consumers do not wait for that. Hidden columns go to global memory in bf16, already times the routing weight (and NVFP4's
-// global scale of w2), which leaves a plain sum to the rest.
+// long as reading its weights, and consumers do not wait for that. Hidden columns go to global memory in
+// bf16, already times the routing weight (and NVFP4's global scale of w2), which leaves a plain sum to the
+// rest.
 //
 // Second GEMM: every block owns ROW_GROUPS x 16 rows of the output and sums over all hits, so nothing
 // is added across blocks. Its warps split (hit, granule of K) items and load the hidden columns of each
 // one item ahead of need, as soon as its hit has them all: there is a counter for each hit, or for a few
-// neighbours, which a clerk watches once its block has no more units. Sums over the warps come last. All sums are in an order that is fixed: which
-// block computed a unit does not show, and results repeat bit for bit.
+// neighbours, which a clerk watches once its block has no more units. Sums over the warps come last. All
+// sums are in an order that is fixed: which block computed a unit does not show, and results repeat bit for
+// bit.
 //
 // Operands: activations are bf16 and stay so, and codes of weights become bf16 in registers, exactly:
 // of FP8 alone, whose scales are for fp32 sums of 128 columns; of NVFP4 times their block's scale. Lane

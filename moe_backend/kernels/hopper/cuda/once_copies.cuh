@@ -107,6 +107,7 @@ DEVICE void leave_counters(const Shared& s, const Problem& p, int hits, int lane
     wait_for_shared(s.finished(), Groups(hits).count());
     int before = lane == 0 ? add_release(p.exited, 1) : 0;
     if (__shfl_sync(0xFFFFFFFF, before, 0) != static_cast<int>(gridDim.x) - 1) return;
+    __syncwarp();  // what lane 0 has seen comes before what other lanes write
     p.done[lane] = 0;
     if (lane != 0) return;
     *p.ticket = 0;

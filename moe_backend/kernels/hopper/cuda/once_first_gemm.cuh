@@ -92,8 +92,7 @@ DEVICE void first_gemm(const Shared& s, const Problem& p, Turn& turn, int unit, 
     wait_for_clerk(s, count);
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n)
-        s.sums()[(warp * TOKEN_BLOCKS + n) * 32 + lane] =
-            make_float4(total(sums[n], 0), total(sums[n], 1), total(sums[n], 2), total(sums[n], 3));
+        s.sums()[(warp * TOKEN_BLOCKS + n) * 32 + lane] = whole(sums[n]);
     tell_clerk(s, count % CLERKS, unit, warp, lane);
 }
 

@@ -4,7 +4,7 @@
 #include "nvfp4.cuh"
 #include "once_sizes.cuh"
 
-typedef float Sums[TOKEN_BLOCKS][CHAINS][4];  // of 16 rows and all tokens, as an MMA leaves them
+typedef float Sums[TOKEN_BLOCKS][4];  // of 16 rows and all tokens, as an MMA leaves them
 typedef u32 Operand[TOKEN_BLOCKS][WORDS];     // tokens, as MMAs take them
 
 DEVICE void put(u32 (&words)[WORDS], int i, const uint4& v) {
@@ -18,21 +18,17 @@ DEVICE void clear(Sums& d) {
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n)
 #pragma unroll
-        for (int c = 0; c < CHAINS; ++c)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) d[n][c][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) d[n][i] = 0.0f;
 }
 
-DEVICE float total(const float (&d)[CHAINS][4], int i) {
-    return CHAINS == 1 ? d[0][i] : d[0][i] + d[CHAINS - 1][i];
-}
+DEVICE float4 whole(const float (&d)[4]) { return make_float4(d[0], d[1], d[2], d[3]); }
 
 // The MMA number `index` of a granule, for all tokens.
 DEVICE void multiply_words(Sums& d, u32 a0, u32 a1, u32 a2, u32 a3, const Operand& b, int index) {
     u32 a[4] = {a0, a1, a2, a3};
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n)
-        mma_bf16(d[n][index % CHAINS], a, b[n][2 * index], b[n][2 * index + 1]);
+        mma_bf16(d[n], a, b[n][2 * index], b[n][2 * index + 1]);
 }
 
 DEVICE void multiply_nvfp4(Sums& d, const u8* a, const u8* a8, const u8* scales, const u8* scales8,
@@ -98,10 +94,10 @@ DEVICE void multiply(Sums& d, const u8* a, const u8* a8, const u8* scales, const
 DEVICE void add_scaled(Sums& sums, const Sums& d, float scale, float scale8) {
 #pragma unroll
     for (int n = 0; n < TOKEN_BLOCKS; ++n) {
-        sums[n][0][0] += total(d[n], 0) * scale;
-        sums[n][0][1] += total(d[n], 1) * scale;
-        sums[n][0][2] += total(d[n], 2) * scale8;
-        sums[n][0][3] += total(d[n], 3) * scale8;
+        sums[n][0] += d[n][0] * scale;
+        sums[n][1] += d[n][1] * scale;
+        sums[n][2] += d[n][2] * scale8;
+        sums[n][3] += d[n][3] * scale8;
     }
 }
 

@@ -109,7 +109,7 @@ DEVICE void second_gemm(Sums (&sums)[ROW_GROUPS], const Shared& s, const Problem
     }
 }
 
-// Sums over the warps to the output; what the ring held is used up.
+// Sums over the warps to the output. They go where the ring was, and tokens and sums behind it, all used up.
 DEVICE void store_output(const Sums (&sums)[ROW_GROUPS], const Shared& s, const Problem& p, int warp,
                          int lane) {
     float4* buffer = reinterpret_cast<float4*>(s.ring);
@@ -118,8 +118,7 @@ DEVICE void store_output(const Sums (&sums)[ROW_GROUPS], const Shared& s, const 
     for (int r = 0; r < ROW_GROUPS; ++r)
 #pragma unroll
         for (int n = 0; n < TOKEN_BLOCKS; ++n)
-            buffer[((warp * ROW_GROUPS + r) * TOKEN_BLOCKS + n) * 32 + lane] = make_float4(
-                total(sums[r][n], 0), total(sums[r][n], 1), total(sums[r][n], 2), total(sums[r][n], 3));
+            buffer[((warp * ROW_GROUPS + r) * TOKEN_BLOCKS + n) * 32 + lane] = whole(sums[r][n]);
     named_sync(1, CONSUMERS * 32);
     for (int part = warp; part < ROW_GROUPS * TOKEN_BLOCKS; part += CONSUMERS) {
         int row = part / TOKEN_BLOCKS * 16;

@@ -66,7 +66,7 @@ struct Turn {
     }
 };
 
-// Consecutive hits, as few together as may be, so that there are at most GROUPS of them.
+// Of consecutive hits, the least power of two that makes no more than GROUPS.
 struct Groups {
     int hits, shift = 0;
 

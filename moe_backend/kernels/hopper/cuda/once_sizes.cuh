@@ -27,7 +27,6 @@ constexpr int GRANULE = FORMAT == BF16 ? 64 : 128;  // columns that a warp multi
 constexpr int GRANULE_BYTES = GRANULE * NIBBLES / 2;
 constexpr int LOADS = GRANULE / 32;                // of a lane: eight columns of a token, 16 bytes
 constexpr int WORDS = 4 * LOADS;                   // of a lane's operand b
-constexpr int CHAINS = TOKEN_BLOCKS == 1 ? 1 : 1;  // of MMAs that wait for each other
 constexpr int STEP = FORMAT == NVFP4 ? 2 : 1;      // granules whose block scales are 16 bytes
 constexpr int SUB = NARROW ? 32 : 128;             // columns of w2 that are summed before they are scaled
 
@@ -91,15 +90,13 @@ constexpr int PIECE_SCALES = FORMAT == FP8     ? ROW_GROUPS * SUBS * 4
 constexpr int STAGE_DATA = larger(16 * STRIDE1, PIECES * PIECE);
 constexpr int STAGE = up_to(STAGE_DATA + larger(SCALES1, PIECES * PIECE_SCALES), 128);
 
-// More bytes of w13 on their way make memory slower, measured on an H200: at hidden 4096 three stages are faster
-// than two, four or five, with bf16 at 6144 two than three. The last sums of all warps go where the ring was.
-constexpr int ON_THEIR_WAY = (FORMAT == BF16 ? 80 : 112) * 1024;
-constexpr int LAST_SUMS = SUMS * ROW_GROUPS * 16;
-constexpr int STAGES =
-    smaller(ROOM / (STAGE + 32), larger(ON_THEIR_WAY / (16 * STRIDE1), ceil_div(LAST_SUMS, STAGE)));
+// As many stages as have about so many bytes of w13. More on their way make memory slower, measured on an H200: at
+// hidden 4096 three stages are faster than two, four or five, with bf16 at 6144 two than three.
+constexpr int ON_THEIR_WAY = (FORMAT == BF16 ? 80 : 112) * 1024, STAGE1 = 16 * STRIDE1;
+constexpr int STAGES = smaller(ROOM / (STAGE + 32), (ON_THEIR_WAY + STAGE1 / 2) / STAGE1);
 
 static_assert(STAGES >= 2, "the tokens leave too little shared memory for the ring");
-static_assert(STAGES * STAGE >= LAST_SUMS, "the last sums do not fit into the ring");
+static_assert(STAGES * STAGE + TOKENS_BYTES + SUMS * 16 >= SUMS * ROW_GROUPS * 16, "no room for the last sums");
 static_assert(CONSUMERS > 0 && (CONSUMERS & (CONSUMERS - 1)) == 0 && CONSUMERS <= 16, "CONSUMERS");
 static_assert(EXPERTS <= 1024 && (HAS_MAP || NUM_IDS == EXPERTS), "EXPERTS");
 static_assert(H % (FORMAT == BF16 ? 32 : FORMAT == FP8 ? 128 : 256) == 0, "SIZE_H");
