@@ -152,14 +152,6 @@ def run_set() -> int:
                     for choice in (tiles.tiles(p.layer, tokens), tiles.Pairs(tiles.PAIRS_STAGES)):
                         calls += 1
                         hopper.run(p.layer, tensors, *given, choice)
-            if kernel == "hopper" and tiles.streams(problem.layer):
-                # Layers this small get another method; its results are `test_stream`'s business.
-                tensors = kernel_named(kernel).prepare(problem.weights)
-                for tokens in COUNTS[:3]:
-                    calls += 1
-                    p = routed(problem, tokens)
-                    given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                    hopper.run(p.layer, tensors, *given, tiles.stream(8))
     torch.cuda.synchronize()
     print(f"{calls} calls, {len(faults)} wrong", *faults, sep="\n")
     return 1 if faults or not calls else 0

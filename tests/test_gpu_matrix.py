@@ -12,19 +12,17 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
-from gpu_problems import TOKENS, answer, large, routed, run, small, wrong
+from gpu_problems import TOKENS, large, routed, run, small, wrong
 
 from moe_backend.activation import Activation
 from moe_backend.fused_moe import FusedMoE
-from moe_backend.kernels.hopper import kernel as hopper
-from moe_backend.kernels.hopper import tiles
 from moe_backend.kernels.registry import kernel_named
 from moe_backend.kernels.variants import candidates, variants_missing
 from moe_backend.verify import controls as verify_controls
 from moe_backend.verify.controls import controls
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
-from moe_backend.verify.run import expected, passes, run_controls
+from moe_backend.verify.run import passes, run_controls
 
 STEP = Activation.from_name("swiglustep")
 FORMATS = ("bf16", "fp8_block", "nvfp4")
@@ -69,35 +67,6 @@ def test_matrix(name, activation, kernel):
 # Of few tokens, single hidden columns that round to the next FP8 value weigh more: on an H200 every
 # method that quantises is up to 3.6e-2 from the reference, and all by the same amount.
 FEW, REL_L2_FEW = 16, 5e-2
-STREAMED = (
-    Case("nvfp4", STEP, hidden_size=288, intermediate_size=192),
-    Case("nvfp4", STEP, hidden_size=512, intermediate_size=512),
-)
-
-
-@pytest.mark.parametrize("tokens_of_a_tile", [8, 16, 32])
-@pytest.mark.parametrize("case", STREAMED, ids=lambda c: f"{c.name}-{c.intermediate_size}")
-def test_stream(case, tokens_of_a_tile):
-    """So small a layer gets other methods: every activation and layout, each call repeated."""
-    if (refusal := kernel_named("hopper").refusal(small(case).layer)) is not None:
-        pytest.skip(refusal)
-    faults = []
-    for activation in ACTIVATIONS:
-        for layout in LAYOUTS:
-            problem = small(replace(case, activation=activation, **experts(layout)))
-            tensors = kernel_named("hopper").prepare(problem.weights)
-            choice = tiles.stream(tokens_of_a_tile)
-            for tokens in (t for t in TOKENS if t <= 1000):
-                p = routed(problem, tokens)
-                given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                outputs = [hopper.run(p.layer, tensors, *given, choice) for _ in range(3)]
-                p = replace(p, reference=answer(p))
-                found = difference(outputs[0], expected(p, None))
-                if not passes(found, p.case):
-                    faults.append(f"{p.case.name}: {found}")
-                if not all(torch.equal(out, outputs[0]) for out in outputs):
-                    faults.append(f"{p.case.name}: not repeated")
-    assert faults == []
 
 
 REAL = (

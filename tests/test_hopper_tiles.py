@@ -9,8 +9,7 @@ import pytest
 
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.cuda import build as cuda_build
-from moe_backend.kernels.hopper import methods, prefill, wide
-from moe_backend.kernels.hopper import tiles as tiles_module
+from moe_backend.kernels.hopper import methods
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
@@ -18,9 +17,7 @@ from moe_backend.kernels.hopper.tiles import (
     Flow,
     Once,
     Pairs,
-    Prefill,
     Tile,
-    Wide,
     choose,
     few,
     tiles,
@@ -51,12 +48,7 @@ def test_every_choice_is_sound(intermediate, missing, monkeypatch):
     for one, tokens in itertools.product(layers, TOKENS):
         assert shape_refusal(one) is None
         made = tiles(one, tokens)
-        if isinstance(made, Prefill):
-            prefill.check(one, made)
-        elif isinstance(made, Wide):
-            wide.check(one, made)
-        else:
-            check_tiles(one, made.gate_up, made.down)
+        check_tiles(one, made.gate_up, made.down)
         chosen = choose(one, tokens)
         if chosen not in (made, few(one, tokens)):
             methods.check(one, tokens, chosen)
@@ -106,15 +98,6 @@ def test_tiles_are_wide_where_there_are_many():
     assert tiles(spread, 64).gate_up.n == 64
     assert tiles(whole, 64).gate_up.n == 128
     assert tiles(whole, 1).gate_up.n == 64
-
-
-@pytest.mark.parametrize("version", [(3, 6), (3, 9)])
-def test_tiles_that_are_half_full_have_twice_the_rows(monkeypatch, version):
-    monkeypatch.setattr(tiles_module, "triton_version", lambda: version)
-    shard = layer("fp8_block", 160, ((32, 128), (128, 32)), (288, 288))
-    assert tiles(shard, 512).down.m == 16
-    assert tiles(shard, 1024).outputs == (256 if version == (3, 6) else 128)
-    assert tiles(shard, 4096).outputs == 128
 
 
 @pytest.mark.parametrize(

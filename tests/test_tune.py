@@ -32,12 +32,10 @@ from moe_backend.kernels.hopper.tiles import (
     Few,
     Flow,
     Once,
+    Pairs,
     Part,
-    Prefill,
-    Stream,
     Tile,
     Tiles,
-    Wide,
 )
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.kernels.registry import Selection
@@ -108,7 +106,7 @@ def put(folder, made):
 def test_choices_survive_json():
     assert from_data(json.loads(json.dumps(to_data(TUNED)))) == TUNED
     assert to_data(TUNED)["method"] == "tiles"
-    for choice in (Once(2), Flow(16, 2, 2, 6), Stream(8, 5, 5)):
+    for choice in (Once(2), Flow(16, 2, 2, 6), Pairs(4)):
         assert from_data(json.loads(json.dumps(to_data(choice)))) == choice
 
 
@@ -117,7 +115,7 @@ def test_choices_survive_json():
     [
         (
             {"method": "magic"},
-            "method 'magic' is unknown; accepted: tiles, prefill, stream, wide, few",
+            "method 'magic' is unknown; accepted: tiles, few, once",
         ),
         ({"down": {"m": 16}}, "choice.down.n is missing"),
         ({"down": 3}, "choice.down"),
@@ -151,8 +149,7 @@ def test_candidates_are_few_and_sound_and_the_default_is_first(name, tokens):
     layer = SHAPES[name].layer()
     found = candidates(layer, tokens)
     assert found[0] == tiles.choose(layer, tokens)
-    least = 2 if isinstance(found[0], Prefill | Wide) else 5 if isinstance(found[0], Stream) else 10
-    assert least <= len(found) <= 30
+    assert 10 <= len(found) <= 30
     assert len(set(found)) == len(found)
     assert all(sound(layer, tokens, c) for c in found)
 
@@ -199,31 +196,16 @@ def test_shapes_of_nvfp4s_items_are_candidates(cuda):
     assert not sound(V4, many, found[0])
 
 
-@pytest.fixture(params=[(3, 6), (3, 9)], ids=["triton-3.6", "triton-3.9"])
-def triton_version(request, monkeypatch):
-    monkeypatch.setattr(tiles, "triton_version", lambda: request.param)
-    return request.param
-
-
-def test_the_other_method_is_a_candidate(triton_version):
-    many = tiles.choose(LAYER, 1024)
-    assert isinstance(many, Prefill)
-    assert isinstance(tiles.choose(LAYER, 64), Tiles)
-    assert isinstance(tiles.choose(V4, 64), Stream)
-    assert isinstance(tiles.choose(V4, 1024), Wide)
-    assert any(isinstance(c, Stream) for c in candidates(V4, 1024))
-    assert many in candidates(LAYER, 64)
-    assert any(isinstance(c, Tiles) for c in candidates(V4, 64))
-    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
-    assert not any(isinstance(c, Prefill) for c in candidates(LAYER, 8))  # too far away
+def test_the_other_method_is_a_candidate():
     few = tiles.choose(LAYER, 4)
     assert isinstance(few, Few)
+    assert isinstance(tiles.choose(LAYER, 64), Tiles)
     assert few in candidates(LAYER, 16)
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 4))
     assert not any(isinstance(c, Few) for c in candidates(LAYER, 64))  # too many slots
 
 
-def test_the_other_method_of_those_in_cuda(cuda, triton_version):
+def test_the_other_method_of_those_in_cuda(cuda):
     once, flow = tiles.choose(LAYER, 8), tiles.choose(LAYER, 64)
     assert isinstance(once, Once)
     assert isinstance(flow, Flow)
@@ -232,7 +214,8 @@ def test_the_other_method_of_those_in_cuda(cuda, triton_version):
     assert not any(isinstance(c, Once) for c in candidates(LAYER, 64))  # too many tokens
     assert any(isinstance(c, Flow) for c in candidates(LAYER, 8))
     assert any(isinstance(c, Tiles) for c in candidates(LAYER, 64))
-    assert any(isinstance(c, Prefill) for c in candidates(LAYER, 1024))
+    assert any(isinstance(c, Pairs) for c in candidates(LAYER, 1024))
+    assert any(isinstance(c, Tiles) for c in candidates(LAYER, 1024))
     assert any(isinstance(c, Few) for c in candidates(LAYER, 8))
 
 
@@ -246,31 +229,13 @@ def test_unsound_numbers_for_few_tokens(change):
     assert not sound(LAYER, 8, replace(choice, **change))
 
 
-def test_a_compiler_that_cannot_is_not_asked(triton_version):
-    wide = [c for c in candidates(LAYER, 1024) if isinstance(c, Prefill) and c.outputs == 256]
-    assert bool(wide) == (triton_version == (3, 6))
-
-
-def test_a_row_for_another_compiler_is_kept_quietly(folders, caplog, monkeypatch):
-    put(folders[1], table_of(row(1024, Prefill(128, 4, 128, 6))))
-    for version in ((3, 9), (3, 6)):
-        monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
+def test_a_row_for_another_installation_is_kept_quietly(folders, caplog, monkeypatch):
+    put(folders[1], table_of(row(4096, Pairs(3))))
+    for missing in ("no compiler", None):
+        monkeypatch.setattr(cuda_build, "missing", lambda missing=missing: missing)
         chooser._answers.clear()
-        assert (choose(LAYER, 4000) == Prefill(128, 4, 128, 6)) == (version == (3, 6))
+        assert (choose(LAYER, 4000) == Pairs(3)) == (missing is None)
     assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [(32, 4, 128, 6), (128, 5, 128, 6), (64, 6, 256, 5), (64, 1, 128, 6), (64, 6, 64, 6)],
-    ids=str,
-)
-def test_unsound_numbers_for_many_tokens(numbers):
-    methods.check(LAYER, 1024, Prefill(64, 6, 128, 6))
-    with pytest.raises(ValueError, match="expected|fit into"):
-        methods.check(LAYER, 1024, Prefill(*numbers))
-    with pytest.raises(ValueError, match="fp8_block"):
-        methods.check(SHAPES["minimax-m3-ep4"].layer(), 1024, Prefill(64, 6, 128, 6))
 
 
 def test_a_method_that_stops_being_sound_ends_its_rows_reach(folders, monkeypatch):
@@ -506,11 +471,13 @@ def test_what_improves_is_tried_together():
 
 
 def test_where_another_method_wins_its_neighbours_are_tried():
-    start = next(c for c in REST if isinstance(c, Prefill))
-    best = methods.neighbours(LAYER, 256, start)[0]
-    assert best not in REST
+    first = candidates(LAYER, 8)
+    start = next(c for c in first if isinstance(c, Few))
+    best = methods.neighbours(LAYER, 8, start)[0]
+    assert best not in first
     times = {start: 80.0, best: 60.0}
-    assert found_with(Straw(lambda c: times.get(c, 100.0))).row.choice == best
+    runner = Straw(lambda c: times.get(c, 100.0))
+    assert tune(runner, LAYER, 8, {"triton": "3"}).row.choice == best
 
 
 def test_a_wrong_choice_is_neither_timed_nor_kept():

@@ -10,8 +10,7 @@ import torch
 from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
-from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, route
-from moe_backend.kernels.hopper.sorted_tokens import positions_of
+from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, positions_of, route
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
 from moe_backend.kernels.registry import LayerConfig

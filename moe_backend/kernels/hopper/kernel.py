@@ -15,19 +15,9 @@ import torch
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
-from moe_backend.kernels.hopper import few, flow, once, pairs, prefill, route, stream, tiled, wide
+from moe_backend.kernels.hopper import few, flow, once, pairs, route, tiled
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
-from moe_backend.kernels.hopper.tiles import (
-    Choice,
-    Few,
-    Flow,
-    Once,
-    Pairs,
-    Prefill,
-    Stream,
-    Tiles,
-    Wide,
-)
+from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Tiles
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.variants import candidates
@@ -37,8 +27,7 @@ from moe_backend.kernels.variants import candidates
 PARTIAL_ELEMENTS = 2**29
 MAX_EXPERTS = 1024  # one program holds the schedule of all local experts in registers
 RUN: dict[type, Callable[..., torch.Tensor]] = {
-    Tiles: tiled.run, Prefill: prefill.run, Stream: stream.run, Wide: wide.run, Few: few.run,
-    Once: once.run, Flow: flow.run, Pairs: pairs.run,
+    Tiles: tiled.run, Few: few.run, Once: once.run, Flow: flow.run, Pairs: pairs.run,
 }  # fmt: skip
 
 

@@ -14,8 +14,7 @@ from typing import Any, get_type_hints
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.kernels.cuda import build
-from moe_backend.kernels.hopper import flow, once, pairs, prefill, stream, tiles, wide
-from moe_backend.kernels.hopper.sorted_tokens import TILE_TOKENS
+from moe_backend.kernels.hopper import flow, once, pairs, tiles
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
     ONCE_BLOCKS,
@@ -24,11 +23,8 @@ from moe_backend.kernels.hopper.tiles import (
     Flow,
     Once,
     Pairs,
-    Prefill,
-    Stream,
     Tile,
     Tiles,
-    Wide,
 )
 from moe_backend.kernels.registry import LayerConfig
 
@@ -48,8 +44,8 @@ class Method:
         others: more choices worth trying beside one, which a step of one number does not reach.
         settle: the choice with the numbers that others fix set right, so that one step of one
             number is not unsound for a reason that has one remedy.
-        here: whether this installation takes the choice, its Triton above all; asked apart from
-            `check`, as a table is good for more than one installation.
+        here: whether this installation takes the choice: some need a compiler of CUDA C++; asked
+            apart from `check`, as a table is good for more than one installation.
     """
 
     kind: type
@@ -158,11 +154,6 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
         for other in (max(1, tokens // factor), tokens * factor):
             choice = tiles.choose(layer, other)
             nearest.setdefault(type(choice), choice)
-    if tiles.streams(layer) and not isinstance(default, Stream):
-        # Close to other methods beyond where it is the default, too.
-        slots = tokens * layer.top_k / layer.num_experts
-        sizes = [n for n in tiles.STREAM_STAGES if n <= max(8, 3 * slots)]
-        nearest[Stream] = tiles.stream(max(sizes))
     if layer.format == Nvfp4Weights.name and not isinstance(default, Flow):
         nearest[Flow] = tiles.flow_nvfp4(layer, tokens)
     if layer.format != Bf16Weights.name and not isinstance(default, Pairs):
@@ -170,8 +161,7 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
     blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
     if blocks and not isinstance(default, Once):
         nearest[Once] = Once(blocks)  # beyond eight tokens it never is the default
-    sorted_or_tiled = tiles.tiles(layer, tokens)
-    nearest.setdefault(type(sorted_or_tiled), sorted_or_tiled)
+    nearest.setdefault(Tiles, tiles.tiles(layer, tokens))
     return list(nearest.values())[1:]
 
 
@@ -300,104 +290,6 @@ _TILES = Method(
 )
 
 
-# --- Prefill --------------------------------------------------------------------------------------
-
-
-def _check_prefill(layer: LayerConfig, tokens: int, choice: Prefill) -> None:
-    if layer.format != Fp8BlockWeights.name:
-        raise ValueError(f"prefill is for fp8_block, not for {layer.format}")
-    if choice.hidden not in (64, 128) or choice.outputs not in (128, 256):
-        raise ValueError(
-            "hidden: 64 or 128, and outputs: 128 or 256 expected, "
-            f"{choice.hidden} and {choice.outputs} found"
-        )
-    for name, stages, most in zip(
-        ("stages13", "stages2"), (choice.stages13, choice.stages2), _most_stages(choice),
-        strict=True,
-    ):  # fmt: skip
-        if not 2 <= stages <= most:
-            raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
-    prefill.check(layer, choice)
-
-
-def _most_stages(choice: Prefill) -> tuple[int, int]:
-    """Of both GEMMs; a step of 128 has weight rows, 128 tokens and the tokens' scales."""
-    rows = 2 * choice.hidden, choice.outputs
-    first, second = (SHARED_BYTES // ((n + TILE_TOKENS) * 128 + 512) for n in rows)
-    return first, second
-
-
-def _settle_prefill(layer: LayerConfig, choice: Prefill) -> Prefill:
-    """Wider tiles have fewer stages."""
-    first, second = _most_stages(choice)
-    return replace(
-        choice, stages13=min(choice.stages13, first), stages2=min(choice.stages2, second)
-    )
-
-
-_PREFILL = Method(
-    kind=Prefill,
-    check=_check_prefill,
-    ladders={
-        "hidden": (64, 128),
-        "stages13": (2, 3, 4, 5, 6),
-        "outputs": (128, 256),
-        "stages2": (2, 3, 4, 5, 6),
-    },
-    settle=_settle_prefill,
-    # As in `tiles`: halves of 128 rows need the registers that Triton 3.6 leaves.
-    here=lambda choice: (
-        tiles.sorts_tokens()
-        and (tiles.triton_version() == (3, 6) or (choice.hidden, choice.outputs) == (64, 128))
-    ),
-)
-
-
-# --- Stream ---------------------------------------------------------------------------------------
-
-
-def _check_stream(layer: LayerConfig, tokens: int, choice: Stream) -> None:
-    stream.check(layer, choice)
-    _check_slots(layer, tokens, tiles.STREAM_MOST_SLOTS)
-    most = stream.most_stages(choice.tokens)
-    for name, stages in (("stages13", choice.stages13), ("stages2", choice.stages2)):
-        if not 2 <= stages <= most:
-            raise ValueError(f"{name}: 2 to {most} fit into shared memory, {stages} found")
-
-
-def _settle_stream(layer: LayerConfig, choice: Stream) -> Stream:
-    """More tokens leave room for fewer stages."""
-    most = stream.most_stages(choice.tokens)
-    return replace(choice, stages13=min(choice.stages13, most), stages2=min(choice.stages2, most))
-
-
-_STREAM = Method(
-    kind=Stream,
-    check=_check_stream,
-    ladders={"tokens": (8, 16, 32), "stages13": (3, 4, 5), "stages2": (3, 4, 5)},
-    settle=_settle_stream,
-    here=lambda choice: tiles.sorts_tokens(),
-)
-
-
-# --- Wide -----------------------------------------------------------------------------------------
-
-
-def _check_wide(layer: LayerConfig, tokens: int, choice: Wide) -> None:
-    wide.check(layer, choice)
-
-
-_WIDE = Method(
-    kind=Wide,
-    check=_check_wide,
-    ladders={"tokens": (2, 3, 4), "codes": (2, 3, 4)},
-    settle=lambda layer, choice: replace(
-        choice, codes=min(choice.codes, wide.SLOTS - choice.tokens)
-    ),
-    here=lambda choice: tiles.sorts_tokens(),
-)
-
-
 # --- Few tokens -----------------------------------------------------------------------------------
 
 MOST_FEW_SLOTS = 256  # each program of the first launch looks through all of them
@@ -489,6 +381,5 @@ _PAIRS = Method(
 )
 
 METHODS: dict[str, Method] = {
-    "tiles": _TILES, "prefill": _PREFILL, "stream": _STREAM, "wide": _WIDE, "few": _FEW,
-    "once": _ONCE, "flow": _FLOW, "pairs": _PAIRS,
+    "tiles": _TILES, "few": _FEW, "once": _ONCE, "flow": _FLOW, "pairs": _PAIRS,
 }  # fmt: skip

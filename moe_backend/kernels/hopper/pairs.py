@@ -12,8 +12,14 @@ from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
-from moe_backend.kernels.hopper.route import CHUNKS, Spread, combine, lone_slots, spread
-from moe_backend.kernels.hopper.sorted_tokens import positions_of
+from moe_backend.kernels.hopper.route import (
+    CHUNKS,
+    Spread,
+    combine,
+    lone_slots,
+    positions_of,
+    spread,
+)
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import (
     SHARED_BYTES,

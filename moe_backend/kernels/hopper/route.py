@@ -71,6 +71,11 @@ class Spread(NamedTuple):
     counts: Memory
 
 
+def positions_of(layer: LayerConfig, slots: int) -> int:
+    """Room for so many slots whichever experts they go to, each from a multiple of 4 on."""
+    return cdiv(slots + 3 * min(layer.num_local_experts, slots), 4) * 4
+
+
 def many(layer: LayerConfig, tokens: int) -> bool:
     """Whether `route` has a call's slots counted beforehand, and whether the sum works on more."""
     return tokens * layer.top_k >= MANY_SLOTS

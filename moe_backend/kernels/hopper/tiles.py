@@ -6,8 +6,6 @@ Measured on an H200; `docs/kernels.md` says what was tried.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from math import exp
 
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
@@ -50,45 +48,6 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """FP8 with many tokens per expert (`prefill.py`).
-
-    Attributes:
-        hidden: hidden columns of a tile of the first GEMM, 64 or 128; they share a scale.
-        stages13: steps of 128 that shared memory holds.
-        outputs: columns of a tile of the second GEMM, 128 or 256.
-        stages2: as stages13.
-    """
-
-    hidden: int
-    stages13: int
-    outputs: int
-    stages2: int
-
-    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
-        """As in `registry.Kernel.activation_groups`."""
-        return 128, self.hidden
-
-
-@dataclass(frozen=True)
-class Stream:
-    """NVFP4 with a few tokens per expert (`stream.py`).
-
-    Attributes:
-        tokens: of a tile, 8, 16 or 32.
-        stages13, stages2: steps of 256 columns that shared memory holds, for either GEMM.
-    """
-
-    tokens: int
-    stages13: int
-    stages2: int
-
-    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
-        """As in `registry.Kernel.activation_groups`."""
-        return None
-
-
-@dataclass(frozen=True)
 class Part:
     """How one launch of matrix-vector products deals out its rows.
 
@@ -123,23 +82,6 @@ class Few:
     down: Part
     per_sm: int
     repeat: int = 1
-
-    def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
-        """As in `registry.Kernel.activation_groups`."""
-        return None
-
-
-@dataclass(frozen=True)
-class Wide:
-    """NVFP4 with many tokens per expert, where `Pairs` cannot run (`wide.py`).
-
-    Attributes:
-        tokens: halves of a step of 256 columns for whose tokens shared memory has room, from 2.
-        codes: steps for whose codes it has room; together at most 6.
-    """
-
-    tokens: int
-    codes: int
 
     def activation_groups(self, layer: LayerConfig) -> tuple[int, int] | None:
         """As in `registry.Kernel.activation_groups`."""
@@ -198,7 +140,7 @@ class Pairs:
         return (128, 128) if layer.format == Fp8BlockWeights.name else None
 
 
-Choice = Tiles | Prefill | Stream | Few | Wide | Once | Flow | Pairs
+Choice = Tiles | Few | Once | Flow | Pairs
 
 MOST_TOP_K = 512  # slots of a token that the routing of `Flow` and `Pairs` places at once
 # Shared memory that a program can have (CUDA C++ Programming Guide, compute capability 9.0).
@@ -244,18 +186,10 @@ FLOW_NARROW = 384
 # with 192 columns, at 256 slots as fast; with 384 columns as fast at 64.
 FLOW_NARROW_NVFP4, FLOW_SLOTS_NVFP4 = 256, 128
 FLOW_MOST_SLOTS = 1 << 17  # of a call
-# Slots per expert from which sorted tokens win, with halves of 128 and of 64 rows; and the most
-# steps that shared memory holds where pairs of blocks share what they read.
-MANY, MANY_NARROW = 14, 20
+# Slots per expert from which sorted tokens win where weights do not flow; and the most steps that
+# shared memory holds where pairs of blocks share what they read.
+MANY = 14
 PAIRS_STAGES = 4
-WIDE = 24  # and for NVFP4
-# NVFP4 weights streamed: from as many tiles as an H200 works on at once to so many slots per
-# expert, with tiles of so many tokens. Measured from 0.2 to 28 slots.
-STREAM_TILES = 264
-STREAM_MOST_SLOTS = 8192  # each program of the routing launch looks through all of them
-STREAM_SLOTS = ((4, 8), (9, 16), (20, 32))
-# Stages for tiles of so many tokens: what fits twice into a multiprocessor's shared memory.
-STREAM_STAGES = {8: 5, 16: 4, 32: 3}
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -277,10 +211,7 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
     if flowing is not None:
         return flowing
     paired = _paired(layer, tokens)
-    if paired is not None:
-        return paired
-    streamed = _streamed(layer, tokens)
-    return tiles(layer, tokens) if streamed is None else stream(streamed)
+    return tiles(layer, tokens) if paired is None else paired
 
 
 def _paired(layer: LayerConfig, tokens: int) -> Pairs | None:
@@ -339,31 +270,6 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     # Rows of few reads: those of several slots together.
     second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
     return Few(first, second, 16, 1 if tokens <= 2 else 2 if tokens <= 4 else 4)
-
-
-def stream(tile_tokens: int) -> Stream:
-    """Weights streamed past tiles of so many tokens."""
-    stages = STREAM_STAGES[tile_tokens]
-    return Stream(tile_tokens, stages, stages)
-
-
-def streams(layer: LayerConfig) -> bool:
-    """Whether a layer's weights can be streamed here."""
-    known = layer.format == Nvfp4Weights.name and sorts_tokens()
-    return known and all(holds for holds, _ in code_needs(layer))
-
-
-def code_needs(layer: LayerConfig) -> list[tuple[bool, str]]:
-    """What the views of NVFP4 codes are written for, and whether a layer has it.
-
-    They are `wide.gate_up_words` and `wide.down_words`, `stream.py`'s as well.
-    """
-    # Rows of codes begin at multiples of 16 bytes; copies bring gate and up rows in groups of 64.
-    whole = not layer.hidden_size % 32 and not layer.intermediate_size % 32
-    return [
-        (whole, "hidden and intermediate sizes that are multiples of 32"),
-        (layer.intermediate_size % 64 == 0, "an intermediate size that is a multiple of 64"),
-    ]
 
 
 def once_needs(layer: LayerConfig, blocks: int) -> list[tuple[bool, str]]:
@@ -525,62 +431,24 @@ def flow_nvfp4(layer: LayerConfig, tokens: int) -> Flow:
     return flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
 
 
-def _streamed(layer: LayerConfig, tokens: int) -> int | None:
-    """Tokens of a tile where weights are streamed."""
-    if not streams(layer) or tokens * layer.top_k > STREAM_MOST_SLOTS:
-        return None
-    slots = tokens * layer.top_k / layer.num_experts
-    hit = layer.num_local_experts * (1 - exp(-slots))
-    if hit * cdiv(layer.intermediate_size, 64) < STREAM_TILES:
-        return None
-    return next((tile for most, tile in STREAM_SLOTS if slots <= most), None)
-
-
-def tiles(layer: LayerConfig, tokens: int) -> Tiles | Prefill | Wide:
-    """Tiled method and tiles for a call, by the average number of slots per expert."""
+def tiles(layer: LayerConfig, tokens: int) -> Tiles:
+    """Tiles for a call, by the average number of slots per expert."""
     slots = tokens * layer.top_k / layer.num_experts
     if layer.format == Fp8BlockWeights.name:
         return _fp8(layer, slots)
     if layer.format == Nvfp4Weights.name:
-        return _nvfp4(layer, slots)
+        return _nvfp4(slots)
     assert layer.format == Bf16Weights.name
     return _bf16(slots)
 
 
-@cache
-def triton_version() -> tuple[int, int]:
-    """Of the installed Triton, (0, 0) if there is none."""
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        return 0, 0
-    return int(major), int(minor)
-
-
-def sorts_tokens() -> bool:
-    """Whether the installed Triton has Gluon as `prefill_device.py` is written for it."""
-    return triton_version() >= (3, 6)
-
-
-def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
+def _fp8(layer: LayerConfig, slots: float) -> Tiles:
     assert layer.w13_block is not None
     assert layer.w2_block is not None
-    if sorts_tokens() and not layer.w13_block[0] % 32 and not layer.w2_block[0] % 64:
-        # Halves of 128 rows want one scale, hidden columns enough to fill them, and a compiler that
-        # has registers enough: 3.6 has, 3.9 has not.
-        i = layer.intermediate_size
-        wide = layer.w13_block[0] % 128 == 0 and cdiv(i, 128) * 128 <= 1.1 * i
-        if slots >= MANY and wide and triton_version() == (3, 6):
-            return Prefill(128, 4, 128, 6)
-        if slots >= MANY_NARROW:
-            # Where tiles have up to 64 tokens, each warp group takes 128 of 256 rows. Measured at
-            # 28 slots, where that wins, and at 57 and 114, where it does not.
-            half_full = slots <= 40 and triton_version() == (3, 6) and not layer.w2_block[0] % 128
-            return Prefill(64, 6, 256, 4) if half_full else Prefill(64, 6, 128, 6)
     (scale_rows, k13), k2 = layer.w13_block, layer.w2_block[1]
     k13 = min(128, k13)
     m = 16 if slots <= 12 else 32
-    m2 = 16 if slots <= MANY_NARROW else 32
+    m2 = 16 if slots <= 20 else 32
     if scale_rows % 64 or layer.intermediate_size % 64:
         # Tiles of 64 gate rows and 64 up rows need one scale for all rows of each.
         k2 = min(32, k2)
@@ -602,10 +470,7 @@ def _fp8(layer: LayerConfig, slots: float) -> Tiles | Prefill:
     return Tiles(Tile(32, 128, k13, 4, 3, 2, True), Tile(32, 256, k2, 4, 3, 2))
 
 
-def _nvfp4(layer: LayerConfig, slots: float) -> Tiles | Wide:
-    i = layer.intermediate_size
-    if sorts_tokens() and slots >= WIDE and i % 64 == 0 and cdiv(i, 256) * 256 <= 1.1 * i:
-        return Wide(4, 2)  # it works on whole blocks of 256 hidden columns
+def _nvfp4(slots: float) -> Tiles:
     if slots <= 4:
         return Tiles(Tile(16, 32, 256, 4, 3, 3), Tile(16, 64, 256, 4, 3, 3))
     if slots <= 40:
