@@ -559,7 +559,7 @@ def test_the_log_line_says_what_is_lacking(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: "cuda-bindings is not installed")
     said = kernel.HopperKernel().preference(EP8)
     assert said.endswith("without its CUDA C++ methods: cuda-bindings is not installed")
-    assert "; few to 4 tokens, tiles to " in said
+    assert "; few to 4 tokens, tiles, without " in said
 
 
 def test_the_log_line_says_which_method_runs_with_how_many_tokens(monkeypatch):
