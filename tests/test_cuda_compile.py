@@ -449,9 +449,11 @@ def test_stages_fill_shared_memory(layer, tile):
 DEFAULTS = {
     "step-3.5-ep8": {2: Few, 3: Once, 8: Once, 9: Flow, 1024: Flow},
     "step-3.5-tp8-even": {2: Few, 8: Once, 64: Flow, 4096: Flow},
-    # 2 tokens hit too much for Few, 4 too much for Once.
-    "step-3.5-tp1": {1: Few, 2: Once, 4: Flow, 8: Flow, 9: Flow},
+    # 31 MB of weights are little enough for Few, 63 are not; 480 are too much for Once.
+    "step-3.5-tp4-even": {1: Few, 2: Once, 8: Once},
+    "step-3.5-tp1": {1: Once, 2: Once, 4: Flow, 8: Flow, 9: Flow},
     "deepseek-v3-ep8": {1: Few, 4: Few, 8: Flow},  # hidden 7168
+    "glm-class-ep8": {1: Once, 4: Once, 8: Once, 9: Flow},  # hidden 6144
     "deepseek-v4-flash-ep8": {1: Once, 8: Once, 9: Flow, 1024: Flow, 4096: Pairs},
     "deepseek-v4-flash-tp1": {1: Once, 4: Once, 8: Flow, 64: Flow},
     # Shards that are padded to 256 columns: 64 and 256 slots per expert at 1024 and 4096 tokens.
@@ -518,6 +520,8 @@ def test_sums_of_lone_slots_come_from_the_gemm_where_experts_are_spread(kernels_
         ("step-3.5-tp8-even", 4096, (128, 3, 1)),
         ("step-3.5-tp8-padded", 4096, (128, 2, 2)),
         ("step-3.5-ep8", 1024, (64, 3, 2)),
+        ("qwen3-235b-ep8", 64, (8, 2, 2)),  # 304 long items, two for each multiprocessor
+        ("qwen3-235b-ep8", 256, (32, 2, 2)),
         ("deepseek-v4-flash-ep8", 16, (8, 2, 1)),
         ("deepseek-v4-flash-ep8", 64, (8, 4, 1)),
         ("deepseek-v4-flash-ep8", 1024, (64, 4, 1)),

@@ -162,12 +162,12 @@ FEW_SLOTS, FEW_BYTES = 64, 250e6
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).
 ENOUGH_TILES = 528
-# Tokens from which one launch wins over two of matrix-vector products; from one on with other
-# formats. Tuned rows say otherwise here and there.
-ONCE_FROM = {Fp8BlockWeights.name: 3}
-# Hidden sizes up to which it was found faster. Beyond, tokens leave less shared memory for
-# weights: at 7,168 it takes 131 us with FP8 and 8 tokens, where `Tiles` takes 98.
-ONCE_HIDDEN = {Fp8BlockWeights.name: 4096, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
+# Tokens, or bytes of weights that are hit, from which one launch wins over two of matrix-vector
+# products; from one token on with other formats. Measured with 1 and 2 tokens from 16 to 130 MB.
+ONCE_FROM, ONCE_FROM_BYTES = {Fp8BlockWeights.name: 3}, 35e6
+# Hidden sizes up to which it was found faster: with FP8 at 6,144 56 us with 4 tokens, `Flow` 69.
+# Beyond, tokens leave less shared memory for weights: at 7,168 131 us with 8, `Tiles` 98.
+ONCE_HIDDEN = {Fp8BlockWeights.name: 6144, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
 ONCE_WARPS = 16  # that multiply
 ONCE_BLOCKS = (1, 2, 4)  # of eight tokens
 # Bytes of weights that are hit up to which one launch wins over `Flow`, which reads them faster
@@ -177,8 +177,9 @@ ONCE_BYTES = 400e6
 # to 64 tokens have 384 rows of weights and not 256. Measured from 0.4 to 228.
 FLOW_SLOTS = ((4, 8), (10, 16), (20, 32), (60, 64))
 FLOW_LONG = 1.0
-# NVFP4 items of 128 hidden columns or 256 outputs, of all experts hit, below which they have half
-# as many: three for each of an H200's multiprocessors. Measured at 192, 320, 500 and far above.
+# Items, of all experts hit, below which they are made shorter, 256 rows of weights instead of 384
+# with FP8, 128 instead of 256 with NVFP4: three for each of an H200's multiprocessors. Measured
+# with FP8 at 304 and 648 and with NVFP4 at 192, 320, 500 and far above.
 FLOW_ITEMS = 400
 # Intermediate sizes of FP8 shards that flow beyond. Measured at 160, 256, 320 and 384.
 FLOW_NARROW = 384
@@ -201,7 +202,8 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
         hit = layer.num_local_experts * (1 - exp(-slots / layer.num_local_experts))
         if hit * expert > ONCE_BYTES:
             return flowing
-    if once and tokens >= ONCE_FROM.get(layer.format, 1):
+    enough = tokens >= ONCE_FROM.get(layer.format, 1) or slots * expert > ONCE_FROM_BYTES
+    if once and enough:
         return Once(1)
     most = FEW_TOKENS_NARROW if layer.intermediate_size <= NARROW else FEW_TOKENS
     if tokens <= most and tokens * layer.top_k <= FEW_SLOTS and slots * expert <= FEW_BYTES:
@@ -247,8 +249,9 @@ def _flowing(layer: LayerConfig, tokens: int) -> Flow | None:
         return None  # tokens first
     if not quantised:
         choice = flow_nvfp4(layer, tokens)
-    elif tile <= 64:  # long items, but not where there are few experts to work on
-        choice = flow(layer, tile, 3 if slots >= FLOW_LONG else 2, 2)
+    elif tile <= 64:  # long items, but not where there are few experts or items to work on
+        long = slots >= FLOW_LONG and _flow_items(layer, slots, 6) >= FLOW_ITEMS
+        choice = flow(layer, tile, 3 if long else 2, 2)
     else:  # items of 96 or 128 hidden columns, whichever the shard fills better
         parts = cdiv(layer.intermediate_size, 32)
         shape = (3, 1) if cdiv(parts, 3) * 3 < cdiv(parts, 4) * 4 else (2, 2)
@@ -426,9 +429,14 @@ def flow_nvfp4(layer: LayerConfig, tokens: int) -> Flow:
     """NVFP4's tiles for so many tokens: short items where there are few."""
     slots = tokens * layer.top_k / layer.num_experts
     tile = min(_flow_tile(slots), 64)
-    blocks = cdiv(layer.intermediate_size, 256) * 2 + cdiv(layer.hidden_size, 256)
-    items = layer.num_local_experts * (1 - exp(-slots)) * blocks
-    return flow(layer, tile, *((2, 1) if items < FLOW_ITEMS else (4, 1)))
+    short = _flow_items(layer, slots, 4) < FLOW_ITEMS
+    return flow(layer, tile, *((2, 1) if short else (4, 1)))
+
+
+def _flow_items(layer: LayerConfig, slots: float, parts: int) -> float:
+    """Of both GEMMs, each with so many parts of 64 rows of weights, of all experts hit."""
+    blocks = cdiv(layer.intermediate_size, 32 * parts) + cdiv(layer.hidden_size, 64 * parts)
+    return layer.num_local_experts * (1 - exp(-slots)) * blocks
 
 
 def tiles(layer: LayerConfig, tokens: int) -> Tiles:

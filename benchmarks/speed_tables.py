@@ -1,0 +1,162 @@
+"""The tables of README.md and docs/kernels.md that say how fast the layers are, from measured rows.
+
+    python benchmarks/speed_tables.py           # writes them anew from benchmarks/results
+    python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
+
+A table lies between `<!-- NAME -->` and `<!-- end of NAME -->`. To measure again, run the commands
+in benchmarks/results/README.md and put their files' names in RESULTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from moe_backend.bench import report
+from moe_backend.bench.report import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+UNIFORM, ZIPF, READ = (
+    RESULTS / f"h200x2-2026-11-30-bench{name}.json" for name in ("", "-zipf", "-read")
+)
+# Layers as people call them, in the order of the tables.
+LAYERS = {
+    "step-3.5-ep8": "Step-3.5 FP8, EP8",
+    "step-3.5-tp8-even": "Step-3.5 FP8, TP8",
+    "step-3.5-tp8-padded": "Step-3.5 FP8, TP8, padded",
+    "step-3.5-tp4-even": "Step-3.5 FP8, TP4",
+    "step-3.5-tp4-padded": "Step-3.5 FP8, TP4, padded",
+    "step-3.5-tp1": "Step-3.5 FP8, one rank",
+    "deepseek-v4-flash-ep8": "DeepSeek-V4-Flash NVFP4, EP8",
+    "deepseek-v4-flash-ep8-folded": "DeepSeek-V4-Flash folded into FP8, EP8",
+    "deepseek-v4-flash-tp1": "DeepSeek-V4-Flash NVFP4, one rank",
+    "minimax-m3-ep4": "MiniMax-M3 bf16, EP4",
+    "minimax-m3": "MiniMax-M3 bf16, one rank",
+    "deepseek-v3-ep8": "DeepSeek-V3 FP8, EP8",
+    "glm-class-ep8": "GLM-class FP8, EP8",
+    "qwen3-235b-ep8": "Qwen3-235B FP8, EP8",
+}
+# Those that backends take as they are, of which the README tells.
+USUAL = [name for name in LAYERS if not name.endswith(("-padded", "-folded"))]
+STEP = ("step-3.5-ep8", "step-3.5-tp8-even", "step-3.5-tp4-even")
+
+
+def overview(rows: list[Row]) -> str:
+    """Layers by token counts: how many times as fast as the best rival, time, time over floor."""
+    counts = sorted({row.tokens for row in rows})
+    at = {(row.case, row.tokens): row for row in rows}
+    head = ["layer", "1 token", *map(str, counts[1:])]
+    lines = [head, ["---"] * len(head)]
+    for name in (n for n in LAYERS if any(row.case == n for row in rows)):
+        cells = [at.get((name, count)) for count in counts]
+        lines.append([LAYERS[name], *map(_cell, cells)])
+    return _table(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    assert isinstance(row.ours_us, float)
+    assert row.faster_by is not None
+    return f"**{row.faster_by:.2f}**, {row.ours_us:.0f} µs, {row.over_floor:.2f}"
+
+
+def every_row(rows: list[Row]) -> str:
+    """A row for each layer and token count, with our method and the best rival."""
+    head = ["layer", "tokens", "floor, µs", "ours, µs", "method", "× floor"]
+    lines = [[*head, "best rival, µs", "ratio"]]
+    lines.append(["---"] * len(lines[0]))
+    for name in LAYERS:
+        for row in (r for r in rows if r.case == name):
+            best = row.best_rival
+            assert best is not None
+            lines.append([
+                LAYERS[name], str(row.tokens), f"{row.floor_us:.1f}", f"{row.ours_us:.1f}",
+                method(row), f"{row.over_floor:.2f}", f"{best[1]:.1f} {best[0]}",
+                f"**{row.faster_by:.2f}**",
+            ])  # fmt: skip
+    return _table(lines)
+
+
+def method(row: Row) -> str:
+    """Of ours, as `hopper: Flow(tokens=8, ...)` has it."""
+    found = re.match(r"hopper: (\w+)\(", row.kernel)
+    return found[1] if found else row.kernel
+
+
+def means(rows: list[Row]) -> str:
+    """What the rows come to, in a sentence."""
+    step = [row for row in rows if row.case in STEP]
+    packed = [row for row in rows if row.case == "deepseek-v4-flash-ep8"]
+    all_of, of_step, of_packed = (report.geometric_mean(part) for part in (rows, step, packed))
+    slower = [
+        f"{LAYERS[row.case]} with {row.tokens} tokens ({row.faster_by:.3f}, beside {best[0]})"
+        for row in rows
+        if (by := row.faster_by) is not None and by < 1 and (best := row.best_rival) is not None
+    ]
+    return (
+        f"In the geometric mean of all {len(rows)} cells {all_of:.2f} times as fast as the best "
+        f"rival, {of_step:.2f} times in Step-3.5's at EP8, TP8 and TP4, {of_packed:.2f} times in "
+        f"DeepSeek-V4-Flash's at EP8; slower in {len(slower)}"
+        f"{': ' if slower else ''}{' and '.join(slower)}."
+    )
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def usual(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.case in USUAL]
+
+
+def blocks() -> dict[Path, dict[str, str]]:
+    """What stands between the markers of each file."""
+    uniform, zipf, read = (report.read_json(file) for file in (UNIFORM, ZIPF, READ))
+    told = usual(uniform)
+    return {
+        ROOT / "README.md": {"speed": f"{overview(told)}\n\n{means(told)}"},
+        ROOT / "docs" / "kernels.md": {
+            "rows": f"{every_row(uniform)}\n\n{means(told)}",
+            "skewed": overview(zipf),
+            "read": overview(read),
+        },
+    }
+
+
+def replaced(text: str, name: str, block: str, file: Path) -> str:
+    """The text with another block; raises ValueError unless it has the markers once."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
+    text, times = pattern.subn(lambda _: f"{begin}\n{block}\n\n{end}", text)
+    if times != 1:
+        raise ValueError(f"{file}: {times} blocks between the markers of `{name}`, one expected")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args(argv)
+    stale = []
+    for file, parts in blocks().items():
+        before = after = file.read_text(encoding="utf-8")
+        for name, block in parts.items():
+            after = replaced(after, name, block, file)
+        if after != before:
+            stale.append(file.name)
+            if not args.check:
+                file.write_text(after, encoding="utf-8")
+    if stale and args.check:
+        names = ", ".join(stale)
+        print(f"{names}: not what the rows say; run {Path(__file__).name}", file=sys.stderr)
+    return int(bool(stale) and args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
