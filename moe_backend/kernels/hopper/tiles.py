@@ -165,7 +165,7 @@ ENOUGH_TILES = 528
 # Tokens, or bytes of weights that are hit, from which one launch wins over two of matrix-vector
 # products; from one token on with other formats. Measured with 1 and 2 tokens from 16 to 130 MB.
 ONCE_FROM, ONCE_FROM_BYTES = {Fp8BlockWeights.name: 3}, 35e6
-# Hidden sizes up to which it was found faster: with FP8 at 6,144 56 us with 4 tokens, `Flow` 69.
+# Hidden sizes up to which it was found faster: with FP8 at 6,144 56 us with 4 tokens, `Few` 69.
 # Beyond, tokens leave less shared memory for weights: at 7,168 131 us with 8, `Tiles` 98.
 ONCE_HIDDEN = {Fp8BlockWeights.name: 6144, Nvfp4Weights.name: 4096, Bf16Weights.name: 6144}
 ONCE_WARPS = 16  # that multiply
