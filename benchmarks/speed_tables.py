@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/kernels.md that say how fast the layers are, from measured rows.
+"""The tables of README.md and docs/speed.md that say how fast the layers are, from measured rows.
 
     python benchmarks/speed_tables.py           # writes them anew from benchmarks/results
     python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
@@ -119,7 +119,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     told = usual(uniform)
     return {
         ROOT / "README.md": {"speed": f"{overview(told)}\n\n{means(told)}"},
-        ROOT / "docs" / "kernels.md": {
+        ROOT / "docs" / "speed.md": {
             "rows": every_row(uniform),
             "skewed": overview(zipf),
             "read": overview(read),

@@ -1,6 +1,6 @@
 """Tile sizes of the Hopper kernels by format and slots per expert.
 
-Measured on an H200; `docs/kernels.md` says what was tried.
+Measured on an H200; `docs/kernels.md` and the pages it leads to say what was tried.
 """
 
 from __future__ import annotations
