@@ -263,3 +263,11 @@ def test_flow_of_what_lies_askew(launches):
 def test_once(launches, name, more):
     check(case(name, layout="ep", tokens=5, **more), Once(1))
     assert launches == ["moe_once"]
+
+
+def test_once_with_a_wide_layer_on_all_multiprocessors(launches, monkeypatch):
+    """Hidden states as wide as GLM's with FP8, where a block has 48 of an H200's output rows."""
+    monkeypatch.setattr(once, "multiprocessors", lambda device: 132)
+    more = {"hidden_size": 6144, "intermediate_size": 128, "num_experts": 16, "top_k": 4}
+    check(case("fp8_block", layout="ep", tokens=5, **more), Once(1))
+    assert launches == ["moe_once"]

@@ -55,6 +55,20 @@ def test_every_choice_is_sound(intermediate, missing, monkeypatch):
         assert missing is None or not isinstance(chosen, Once | Flow | Pairs)
 
 
+@pytest.mark.parametrize(
+    ("name", "intermediate", "lanes", "unroll"),
+    [
+        ("fp8_block", 160, 16, 4), ("fp8_block", 256, 16, 4), ("fp8_block", 320, 32, 4),
+        ("fp8_block", 512, 32, 4), ("fp8_block", 1280, 16, 5), ("fp8_block", 1536, 16, 6),
+        ("fp8_block", 2048, 16, 4), ("bf16", 1536, 16, 6),
+    ],
+)  # fmt: skip
+def test_reads_of_a_row_by_few_are_dealt_out_evenly(name, intermediate, lanes, unroll):
+    """As they were the fastest on an H200 with 160 to 2,048 columns of FP8."""
+    down = few(layer(name, intermediate, (GRID, GRID)), 1).down
+    assert (down.lanes, down.unroll) == (lanes, unroll)
+
+
 PAIRS = layer("fp8_block", 1280, (GRID, GRID))
 CODES = layer("nvfp4", 1280)
 

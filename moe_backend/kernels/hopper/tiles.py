@@ -269,9 +269,12 @@ def few(layer: LayerConfig, tokens: int) -> Few:
     bits = BITS[layer.format]
     reads = cdiv(layer.hidden_size * bits // 8, 512)
     first = Part(32, min(8, reads), 1)
-    reads = cdiv(layer.intermediate_size * bits // 8, 256)
-    # Rows of few reads: those of several slots together.
-    second = Part(16, min(5, reads) if reads >= 3 else 4, 1)
+    row = layer.intermediate_size * bits // 8  # bytes, of which 16 lanes read 256 at once
+    if row <= 512:  # those of several slots together
+        second = Part(32 if row > 256 else 16, 4, 1)
+    else:  # all at once up to six, or else as many in each turn
+        reads = cdiv(row, 256)
+        second = Part(16, cdiv(reads, cdiv(reads, 6)), 1)
     return Few(first, second, 16, 1 if tokens <= 2 else 2 if tokens <= 4 else 4)
 
 
