@@ -93,7 +93,7 @@ def means(rows: list[Row]) -> str:
     packed = [row for row in rows if row.case == "deepseek-v4-flash-ep8"]
     all_of, of_step, of_packed = (report.geometric_mean(part) for part in (rows, step, packed))
     slower = [
-        f"{LAYERS[row.case]} with {row.tokens} tokens ({row.faster_by:.3f}, beside {best[0]})"
+        f"{LAYERS[row.case]} at {row.tokens} ({row.faster_by:.3f}, beside {best[0]})"
         for row in rows
         if (by := row.faster_by) is not None and by < 1 and (best := row.best_rival) is not None
     ]

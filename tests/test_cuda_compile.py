@@ -571,4 +571,6 @@ def test_the_log_line_says_which_method_runs_with_how_many_tokens(monkeypatch):
     choose.forget()
     said = kernel.HopperKernel().preference(EP8)
     assert said.endswith("; few to 2 tokens, once to 8 tokens, flow to 2,160 tokens, pairs")
+    said = kernel.HopperKernel().preference(SHAPES["step-3.5-tp4-even"].layer())
+    assert said.endswith("; few to 1 token, once to 8 tokens, flow")
     choose.forget()

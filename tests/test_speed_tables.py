@@ -50,7 +50,7 @@ def test_means_name_the_rows_that_are_slower(tables):
     assert tables.means(rows) == (
         "In the geometric mean of these 3 cells 1.31 times as fast as the best rival, 1.50 times "
         "in Step-3.5's at EP8, TP8 and TP4, 2.00 times in DeepSeek-V4-Flash's at EP8; slower in 1: "
-        "MiniMax-M3 bf16, one rank with 1 tokens (0.750, beside marlin)."
+        "MiniMax-M3 bf16, one rank at 1 (0.750, beside marlin)."
     )
     assert tables.means(rows[:2]).endswith("at EP8; slower in 0.")
 

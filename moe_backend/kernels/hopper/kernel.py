@@ -51,7 +51,9 @@ class HopperKernel:
         rows = tuned_rows(layer)
         tuned = f", {rows} tuned rows" if rows else ""
         *some, (last, _) = ranges(layer)
-        by_tokens = ", ".join([*(f"{name} to {most:,} tokens" for name, most in some), last])
+        by_tokens = ", ".join(
+            [*(f"{name} to {most:,} token{'s' if most > 1 else ''}" for name, most in some), last]
+        )
         lacks = build.missing()
         without = f", without its CUDA C++ methods: {lacks}" if lacks else ""
         return f"fastest on Hopper of the kernels here; {by_tokens}{tuned}{without}"
