@@ -4,7 +4,7 @@
     python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
 
 A table lies between `<!-- NAME -->` and `<!-- end of NAME -->`. To measure again, run the commands
-in benchmarks/results/README.md and put their files' names in RESULTS.
+in benchmarks/results/README.md and name their files in UNIFORM, ZIPF and READ.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from moe_backend.bench import report
@@ -49,11 +50,10 @@ def overview(rows: list[Row]) -> str:
     counts = sorted({row.tokens for row in rows})
     at = {(row.case, row.tokens): row for row in rows}
     head = ["layer", "1 token", *map(str, counts[1:])]
-    lines = [head, ["---"] * len(head)]
-    for name in (n for n in LAYERS if any(row.case == n for row in rows)):
-        cells = [at.get((name, count)) for count in counts]
-        lines.append([LAYERS[name], *map(_cell, cells)])
-    return _table(lines)
+    names = [name for name in LAYERS if any(row.case == name for row in rows)]
+    return report.under(
+        head, [[LAYERS[name], *(_cell(at.get((name, n))) for n in counts)] for name in names]
+    )
 
 
 def _cell(row: Row | None) -> str:
@@ -62,29 +62,6 @@ def _cell(row: Row | None) -> str:
     assert isinstance(row.ours_us, float)
     assert row.faster_by is not None
     return f"**{row.faster_by:.2f}**, {row.ours_us:.0f} µs, {row.over_floor:.2f}"
-
-
-def every_row(rows: list[Row]) -> str:
-    """A row for each layer and token count, with our method and the best rival."""
-    head = ["layer", "tokens", "floor, µs", "ours, µs", "method", "× floor"]
-    lines = [[*head, "best rival, µs", "ratio"]]
-    lines.append(["---"] * len(lines[0]))
-    for name in LAYERS:
-        for row in (r for r in rows if r.case == name):
-            best = row.best_rival
-            assert best is not None
-            lines.append([
-                LAYERS[name], str(row.tokens), f"{row.floor_us:.1f}", f"{row.ours_us:.1f}",
-                method(row), f"{row.over_floor:.2f}", f"{best[1]:.1f} {best[0]}",
-                f"**{row.faster_by:.2f}**",
-            ])  # fmt: skip
-    return _table(lines)
-
-
-def method(row: Row) -> str:
-    """Of ours, as `hopper: Flow(tokens=8, ...)` has it."""
-    found = re.match(r"hopper: (\w+)\(", row.kernel)
-    return found[1] if found else row.kernel
 
 
 def means(rows: list[Row]) -> str:
@@ -105,22 +82,19 @@ def means(rows: list[Row]) -> str:
     )
 
 
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def usual(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.case in USUAL]
+def in_order(rows: list[Row]) -> list[Row]:
+    """The rows by layer, with the names that people use."""
+    return [replace(r, case=LAYERS[name]) for name in LAYERS for r in rows if r.case == name]
 
 
 def blocks() -> dict[Path, dict[str, str]]:
     """What stands between the markers of each file."""
     uniform, zipf, read = (report.read_json(file) for file in (UNIFORM, ZIPF, READ))
-    told = usual(uniform)
+    told = [row for row in uniform if row.case in USUAL]
     return {
         ROOT / "README.md": {"speed": f"{overview(told)}\n\n{means(told)}"},
         ROOT / "docs" / "speed.md": {
-            "rows": every_row(uniform),
+            "rows": report.table(in_order(uniform)),
             "skewed": overview(zipf),
             "read": overview(read),
         },

@@ -477,6 +477,13 @@ def test_the_markdown_table():
         "| b | 1 | 10.0 | 11.0 | 1.10 | – | – |",
     ]
     assert "geometric mean of 2 rows" in lines[-1]
+    chosen = [replace(ROWS[0], kernel="hopper: Flow(tokens=8, groups=3)"), ROWS[1]]
+    assert report.table(chosen).splitlines() == [
+        "| layer | tokens | floor | ours | method | × floor | best rival | ours is faster by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| a | 1 | 10.0 | 20.0 | Flow | 2.00 | 40.0 x | 2.00 |",
+        "| a | 8 | 20.0 | 50.0 |  | 2.50 | 25.0 y | 0.50 |",
+    ]
     skewed = replace(ROWS[0], routing="zipf", ours_us="wrong")
     lines = report.markdown([*ROWS, skewed]).splitlines()
     assert lines[0].startswith("| layer | routing | tokens |")

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("docs", "benchmarks", "examples", ".")
-PAGES = sorted(
-    {
-        page
-        for folder in FOLDERS
-        for page in (ROOT / folder).glob("**/*.md" if folder != "." else "*.md")
-    }
-)
+FOLDERS = ("docs", "benchmarks", "examples")
+PAGES = [*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```.*?^```|(?: {4}[^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 

@@ -53,6 +53,11 @@ class Row:
         return best[1] / self.ours_us if best and isinstance(self.ours_us, float) else None
 
     @property
+    def method(self) -> str:
+        """Of a kernel that has several, ours: `Flow` of `hopper: Flow(tokens=8, ...)`."""
+        return self.kernel.partition(": ")[2].partition("(")[0]
+
+    @property
     def over_floor(self) -> float | None:
         return self.ours_us / self.floor_us if isinstance(self.ours_us, float) else None
 
@@ -131,19 +136,7 @@ def line(row: Row) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table, with where and when they were measured."""
-    routed, cached = (len({getattr(r, name) for r in rows}) > 1 for name in ("routing", "cache"))
-    head = ["layer", *(["routing"] if routed else []), *(["L2 before"] if cached else [])]
-    head += ["tokens", "floor", "ours", "× floor"]
-    head += ["best rival", "ours is faster by"]
-    table = [head, ["---"] * len(head)]
-    for row in rows:
-        best, over, by = row.best_rival, row.over_floor, row.faster_by
-        cells = [row.case, *([row.routing] if routed else []), *([row.cache] if cached else [])]
-        cells += [str(row.tokens), f"{row.floor_us:.1f}"]
-        cells += [_cell(row.ours_us), "–" if over is None else f"{over:.2f}"]
-        cells += [f"{best[1]:.1f} {best[0]}" if best else "–", "–" if by is None else f"{by:.2f}"]
-        table.append(cells)
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    lines = [table(rows)]
     runs = dict.fromkeys(
         f"{row.device}, {row.date}: " + ", ".join(f"{k} {v}" for k, v in row.versions.items())
         for row in rows
@@ -152,6 +145,30 @@ def markdown(rows: list[Row]) -> str:
     lines += ["", f"Microseconds a layer in CUDA graph replay; what L2 held before was {held}."]
     lines += [*runs, *summary(rows)]
     return "\n".join(lines) + "\n"
+
+
+def table(rows: list[Row]) -> str:
+    """A line of a Markdown table for each row, in microseconds."""
+    routed, cached = (len({getattr(r, name) for r in rows}) > 1 for name in ("routing", "cache"))
+    named = any(row.method for row in rows)
+    head = ["layer", *(["routing"] if routed else []), *(["L2 before"] if cached else [])]
+    head += ["tokens", "floor", "ours", *(["method"] if named else []), "× floor"]
+    head += ["best rival", "ours is faster by"]
+    found = []
+    for row in rows:
+        best, over, by = row.best_rival, row.over_floor, row.faster_by
+        cells = [row.case, *([row.routing] if routed else []), *([row.cache] if cached else [])]
+        cells += [str(row.tokens), f"{row.floor_us:.1f}"]
+        cells += [_cell(row.ours_us), *([row.method] if named else [])]
+        cells += ["–" if over is None else f"{over:.2f}"]
+        cells += [f"{best[1]:.1f} {best[0]}" if best else "–", "–" if by is None else f"{by:.2f}"]
+        found.append(cells)
+    return under(head, found)
+
+
+def under(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table of these cells."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def _cell(us: float | str | None) -> str:
