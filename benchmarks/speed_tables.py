@@ -4,7 +4,7 @@
     python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
 
 A table lies between `<!-- NAME -->` and `<!-- end of NAME -->`. To measure again, run the commands
-in benchmarks/results/README.md and name their files in UNIFORM, ZIPF and READ.
+in benchmarks/results/README.md and name their files in UNIFORM, BF16, ZIPF and READ.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 UNIFORM, ZIPF, READ = (
     RESULTS / f"h200x2-2026-11-30-bench{name}.json" for name in ("", "-zipf", "-read")
 )
+BF16 = RESULTS / "h200-2026-11-30-bench-bf16.json"
 # Layers as people call them, in the order of the tables.
 LAYERS = {
     "step-3.5-ep8": "Step-3.5 FP8, EP8",
@@ -36,6 +37,7 @@ LAYERS = {
     "deepseek-v4-flash-tp1": "DeepSeek-V4-Flash NVFP4, one rank",
     "minimax-m3-ep4": "MiniMax-M3 bf16, EP4",
     "minimax-m3": "MiniMax-M3 bf16, one rank",
+    "gpt-oss-like": "gpt-oss-like bf16, one rank",
     "deepseek-v3-ep8": "DeepSeek-V3 FP8, EP8",
     "glm-class-ep8": "GLM-class FP8, EP8",
     "qwen3-235b-ep8": "Qwen3-235B FP8, EP8",
@@ -89,7 +91,8 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 def blocks() -> dict[Path, dict[str, str]]:
     """What stands between the markers of each file."""
-    uniform, zipf, read = (report.read_json(file) for file in (UNIFORM, ZIPF, READ))
+    uniform, bf16, zipf, read = (report.read_json(file) for file in (UNIFORM, BF16, ZIPF, READ))
+    uniform += bf16
     told = [row for row in uniform if row.case in USUAL]
     return {
         ROOT / "README.md": {"speed": f"{overview(told)}\n\n{means(told)}"},

@@ -143,7 +143,7 @@ def run_set() -> int:
                 calls += 1
                 if (fault := wrong(fused, routed(problem, tokens))) is not None:
                     faults.append(fault)
-            if kernel == "hopper" and name != "bf16":
+            if kernel == "hopper":
                 # Other methods run this layer where CUDA C++ cannot be compiled, or wider ones.
                 tensors = kernel_named(kernel).prepare(problem.weights)
                 for tokens in COUNTS:

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from moe_backend.bench.shapes import SHAPES
 from moe_backend.kernels.cuda import build, launch
 from moe_backend.kernels.hopper import choose, flow, kernel, methods, once, pairs, tiles
-from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Pairs
+from moe_backend.kernels.hopper.tiles import Few, Flow, Once, Pairs, Tiles
 
 missing = build.missing()
 compiles = pytest.mark.skipif(missing is not None, reason=f"CUDA C++ is not compiled: {missing}")
@@ -144,6 +144,7 @@ def test_what_the_host_code_takes_compiles(kernels_of, name):
         "step-3.5-tp8-even",
         "deepseek-v4-flash-ep8",
         "qwen3-235b-nvfp4-tp8",
+        "minimax-m3-ep4",
     ],
 )
 @pytest.mark.parametrize("kind", [0, 3], ids=["silu", "swigluoai"])
@@ -459,7 +460,8 @@ DEFAULTS = {
     # Shards that are padded to 256 columns: 64 and 256 slots per expert at 1024 and 4096 tokens.
     "qwen3-235b-nvfp4-tp8": {8: Few, 16: Flow, 1024: Flow, 4096: Pairs},
     "qwen3-235b-nvfp4-tp4": {16: Flow, 512: Flow, 1024: Pairs},
-    "minimax-m3-ep4": {1: Once, 8: Once},
+    # 32, 64 and 512 slots per expert.
+    "minimax-m3-ep4": {1: Once, 8: Once, 64: Tiles, 1024: Tiles, 2048: Pairs, 16384: Pairs},
 }
 
 
@@ -474,6 +476,16 @@ def test_they_are_the_default_where_they_can_be_compiled(name, monkeypatch):
     monkeypatch.setattr(build, "missing", lambda: "no compiler")
     for tokens in (1, 2, 3, 8, 9, 64, 1024, 4096):
         assert not isinstance(tiles.choose(layer, tokens), Once | Flow | Pairs), tokens
+
+
+def test_tiles_of_bf16_grow_with_slots(monkeypatch):
+    """Where CUDA C++ cannot be compiled there are no `Pairs` for many."""
+    layer = SHAPES["minimax-m3-ep4"].layer()
+    monkeypatch.setattr(build, "missing", lambda: "no compiler")
+    for tokens, m in ((64, 16), (384, 16), (385, 64), (3072, 64), (3073, 128), (16384, 128)):
+        choice = tiles.choose(layer, tokens)
+        assert choice.gate_up.m == choice.down.m == m
+        methods.check(layer, tokens, choice)
 
 
 def test_pairs_have_as_many_stages_as_fit():

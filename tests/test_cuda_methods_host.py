@@ -173,6 +173,29 @@ def test_pairs(launches, layout, blocks):
 
 
 @pytest.mark.parametrize(
+    ("layout", "sizes", "tokens", "activation"),
+    [
+        ("unsharded", (512, 256), 330, 0),  # up to three tiles an expert
+        ("ep", (288, 160), 90, 1),  # the last steps and blocks of rows are not full
+        ("dropped", (768, 320), 200, 2),
+        ("unsharded", (256, 64), 40, 3),
+    ],
+)
+def test_pairs_of_bf16(launches, monkeypatch, layout, sizes, tokens, activation):
+    monkeypatch.setattr(pairs, "multiprocessors", lambda device: 7)  # three pairs, one left over
+    hidden, intermediate = sizes
+    problem = build(
+        Case(
+            "bf16", ACTIVATIONS[activation], hidden_size=hidden, intermediate_size=intermediate,
+            layout=layout, tokens=tokens, num_experts=4,
+        )
+    )  # fmt: skip
+    outputs = [check(problem, Pairs(stages)) for stages in (3, 4)]  # with other seeds
+    assert launches == 2 * [*SPREAD, "pairs", "pairs", "combine"]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
     ("layout", "sizes", "tokens", "stages", "activation"),
     [
         ("unsharded", (512, 256), 330, (3, 4), 0),  # up to three tiles an expert
@@ -220,7 +243,7 @@ def test_pairs_of_spread_experts(launches, more):
     check(case("fp8_block", layout="ep", **NARROW | more), Pairs(3))
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8_block", "nvfp4", "bf16"])
 def test_pairs_with_routing_weights_on_the_input(launches, name):
     problem, choice = weights_on_input(name), Pairs(4)
     given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map

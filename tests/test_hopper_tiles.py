@@ -76,7 +76,7 @@ CODES = layer("nvfp4", 1280)
 @pytest.mark.parametrize(
     ("refused", "said"),
     [
-        (layer("bf16", 1280), "FP8 or NVFP4"),
+        (layer("bf16", 1284), "sizes in eights"),
         (replace(CODES, hidden_size=4224), "a hidden size that is a multiple of 256"),
         (replace(CODES, intermediate_size=1312), "an intermediate size that is a multiple of 64"),
         (replace(CODES, num_experts=2700, num_local_experts=2700), "room for two steps of codes"),
@@ -91,7 +91,7 @@ CODES = layer("nvfp4", 1280)
 )
 def test_pairs_refuse_what_they_are_not_written_for(refused, said, monkeypatch):
     monkeypatch.setattr(cuda_build, "missing", lambda: None)
-    for one in (PAIRS, CODES):
+    for one in (PAIRS, CODES, layer("bf16", 1288)):
         methods.check(one, 4096, Pairs(4))
     with pytest.raises(ValueError, match=said):
         methods.check(refused, 4096, Pairs(4))

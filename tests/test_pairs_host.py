@@ -1,4 +1,4 @@
-"""FP8's GEMMs for many tokens (`pairs.cu`) on a CPU: their tiles, pairs, scales and activations."""
+"""GEMMs of FP8 and bf16 for many tokens (`pairs.cu`) on a CPU: pairs, scales, activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Case:
     tokens: tuple[int, ...]  # of each expert
     n: int
     k: int
-    block: tuple[int, int]
+    block: tuple[int, int] | None  # of scales; None: bf16
     gated: bool = True
     kind: int = 1
     grid: int = 4
@@ -52,6 +52,13 @@ CASES = {
         (129, 17, 0, 64), 520, 320, (128, 128), gated=False, lone=True
     ),
     "half a block of outputs": Case((30, 250), 384, 128, (128, 128), gated=False),
+    "bf16: one token": Case((0, 1, 0), 128, 192, None),
+    "bf16: one block of rows": Case((70, 3), 64, 200, None, kind=0),
+    "bf16: tiles in pairs": Case((129, 0, 200), 256, 128, None, kind=2),
+    "bf16: pairs and one": Case((300, 65), 328, 136, None, kind=3),
+    "bf16: half a block left": Case((200, 129, 50), 192, 64, None, grid=2, stages=4),
+    "bf16: outputs": Case((129, 17, 0, 64), 520, 168, None, gated=False),
+    "bf16: outputs that go elsewhere": Case((30, 250), 384, 128, None, gated=False, lone=True),
 }
 
 
@@ -69,21 +76,26 @@ class Problem:
             first += cdiv(count, 4) * 4
         self.positions = first
         self.list = torch.tensor([len(entries) // 3, *entries], dtype=torch.int32)
-        self.weights = (torch.randn(e * pair, n, k) * 2).to(E4M3)
-        self.scale = (
-            torch.rand(e * pair, cdiv(n, case.block[0]), cdiv(k, case.block[1])) * 0.1 + 0.01
-        )
+        self.kind = E4M3 if case.block else torch.bfloat16
+        self.weights = (torch.randn(e * pair, n, k) * 2).to(self.kind)
+        block = case.block or (n, k)
+        self.scale = torch.rand(e * pair, cdiv(n, block[0]), cdiv(k, block[1])) * 0.1 + 0.01
         for column in range(1, self.scale.shape[2]):  # some neighbours have the same
             same = torch.rand(self.scale.shape[:2]) < 0.6
             self.scale[..., column][same] = self.scale[..., column - 1][same]
-        self.tokens = (torch.randn(first, k) * 2).to(E4M3)
+        self.tokens = (torch.randn(first, k) * 2).to(self.kind)
         self.token_scale = torch.rand(cdiv(k, 128), first) * 0.1 + 0.01
+        if case.block is None:  # products as large as with FP8
+            self.scale[:], self.token_scale[:] = 1, 1
+            self.tokens *= 0.1**2
         routed = torch.zeros(first, dtype=torch.bool)
         for _, begin, end in self.ranges():
             routed[begin:end] = True
         self.routed = routed
-        self.tokens.view(torch.uint8)[~routed] = POISON  # what lies between experts
-        self.token_scale[:, ~routed] = float("nan")
+        raw = self.tokens.view(torch.uint8 if case.block else torch.int16)
+        raw[~routed] = POISON if case.block else -1  # NaN, what lies between experts
+        if case.block:
+            self.token_scale[:, ~routed] = float("nan")
         # Of positions: rows of the sums, some of which are not here, and weights.
         self.row = torch.randperm(first + 7)[:first].int()
         self.row[torch.rand(first) < 0.4] = -1
@@ -97,19 +109,25 @@ class Problem:
         case, p, (n, k) = self.case, self.positions, (self.case.n, self.case.k)
         defines = {
             "GATED": int(case.gated), "STAGES": case.stages, "EXPERTS": len(case.tokens),
-            "ACTIVATION": case.kind, "SCALE_N": case.block[0], "SCALE_K": case.block[1],
+            "ACTIVATION": case.kind, "FORMAT": int(case.block is not None),
             "LONE": int(case.lone), "SHARED_BYTES": SHARED_BYTES,
         }  # fmt: skip
+        if case.block:
+            defines |= {"SCALE_N": case.block[0], "SCALE_K": case.block[1]}
         targets = torch.stack([self.row, self.weight.view(torch.int32)], 1).contiguous()
         targets[~self.routed] = 1 << 30
         sums = torch.full((p + 7, n), -1, dtype=torch.bfloat16)
-        kind = torch.uint8 if case.gated else torch.bfloat16
-        out = torch.full((p, n), POISON if case.gated else -1, dtype=kind)
+        coded, wide = case.gated and case.block is not None, self.weights.element_size()
+        kind = torch.uint8 if coded else torch.bfloat16
+        out = torch.full((p, n), POISON if coded else -1, dtype=kind)
         out_scale = torch.full((cdiv(n, GROUP), p), float("nan"))
         scales = torch.cat([self.token_scale.flatten(), torch.full((128,), float("nan"))])
-        tokens = driver.tensor_map(self.tokens.view(torch.uint8), [k, p], [k], [128, 64], 128)
+        tokens = driver.tensor_map(
+            self.tokens.view(torch.uint8), [wide * k, p], [wide * k], [128, 64], 128
+        )
         weights = driver.tensor_map(
-            self.weights.view(torch.uint8), [k, n, len(self.weights)], [k, n * k], [128, 64, 1], 128
+            self.weights.view(torch.uint8), [wide * k, n, len(self.weights)],
+            [wide * k, wide * n * k], [128, 64, 1], 128,
         )  # fmt: skip
         driver.launch(
             driver.compile(SOURCE, defines), "pairs", case.grid, 384, SHARED_BYTES,
@@ -121,7 +139,8 @@ class Problem:
 
     def product(self, matrix: int, begin: int, end: int) -> torch.Tensor:
         """Tokens of some positions with a matrix of weights."""
-        (n, k), block = (self.case.n, self.case.k), self.case.block
+        n, k = self.case.n, self.case.k
+        block = self.case.block or (n, k)
         scale = self.token_scale[:, begin:end].T.repeat_interleave(128, 1)[:, :k].double()
         spread = self.scale[matrix].repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
         weights = self.weights[matrix].double() * spread[:n, :k]
@@ -156,6 +175,12 @@ class Problem:
                 continue
             gate, up = (self.product(2 * expert + i, begin, end) for i in range(2))
             wanted = activation(gate, up).double()
+            if case.block is None:
+                tolerance = float(wanted.abs().max()) * 1e-5
+                torch.testing.assert_close(
+                    out[begin:end].double(), wanted, rtol=2**-7, atol=tolerance
+                )
+                continue
             padded = torch.nn.functional.pad(wanted, (0, -case.n % GROUP))
             amax = padded.view(end - begin, -1, GROUP).abs().amax(2)
             scale = out_scale[:, begin:end].T
@@ -167,7 +192,8 @@ class Problem:
             torch.testing.assert_close(
                 codes.double() * scales, wanted, rtol=0.07, atol=float(amax.max()) / 2**14
             )
-        assert (out[~self.routed] == (POISON if case.gated else -1)).all()
+        coded = case.gated and case.block is not None
+        assert (out[~self.routed] == (POISON if coded else -1)).all()
 
 
 @pytest.mark.parametrize("name", CASES)

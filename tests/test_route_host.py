@@ -36,6 +36,7 @@ class Case:
     mapped: bool = True
     weight_on_input: bool = False
     quantised: bool = True
+    reordered: bool = True  # if not quantised: columns in the order of the NVFP4 decoder
     chunks: int = 0  # that a launch of its own counts
     pieces: int = 1  # of 256 columns
     sorted: bool = False  # tokens go to the positions of their slots
@@ -69,6 +70,22 @@ CASES = {
     "sorted, many slots": Case(6, 40, 64, 2, 1088, 4, chunks=2, sorted=True, pieces=2),
     "sorted weights": Case(9, 1, 4, 3, 192, 4, chunks=3, sorted=True, weight_on_input=True),
     "reordered weights": Case(9, 1, 4, 3, 256, 4, weight_on_input=True, quantised=False),
+    "as they are": Case(
+        20, 4, 12, 5, 1288, 3, quantised=False, reordered=False, chunks=3, sorted=True, pieces=4
+    ),
+    "as they are but for weights": Case(
+        9,
+        1,
+        4,
+        3,
+        72,
+        4,
+        weight_on_input=True,
+        quantised=False,
+        reordered=False,
+        chunks=2,
+        sorted=True,
+    ),
 }
 
 
@@ -141,9 +158,12 @@ def test_route(name: str, seed: int) -> None:
         "IDS64": int(case.long_ids), "CHUNKS": case.chunks,
     }  # fmt: skip
     on_input = {"WEIGHT_ON_INPUT": int(case.weight_on_input)}
-    tokens = on_input | {"QUANTISED": int(case.quantised), "PIECES": case.pieces}
+    reordered = case.reordered and not case.quantised
+    tokens = on_input | {
+        "QUANTISED": int(case.quantised), "REORDERED": int(reordered), "PIECES": case.pieces,
+    }  # fmt: skip
     shared = 4 * (3 * case.local + THREADS // k * k + THREADS // 32)
-    ordered = 0 if case.quantised else 512 // 32  # bytes for a thread
+    ordered = 512 // 32 if reordered else 0  # bytes for a thread
     blocks = cdiv(t, case.each)
     each_chunk = cdiv(blocks, case.chunks or 1) * case.each * k
     counts = torch.full((case.chunks, case.local), -7, dtype=torch.int32)
@@ -184,8 +204,10 @@ def test_route(name: str, seed: int) -> None:
     if case.quantised:
         check_codes(operand[routed], scale[:, routed].T, value[routed])
     else:
-        device = pytest.importorskip("moe_backend.kernels.hopper.device")
-        found = operand.view(torch.bfloat16)[routed][:, device._nvfp4_position.fn(torch.arange(h))]
+        found = operand.view(torch.bfloat16)[routed]
+        if reordered:
+            device = pytest.importorskip("moe_backend.kernels.hopper.device")
+            found = found[:, device._nvfp4_position.fn(torch.arange(h))]
         assert torch.equal(found, value[routed].bfloat16())
     assert scale[:, ~routed].isnan().all()
     if case.sorted:

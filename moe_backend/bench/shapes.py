@@ -148,15 +148,18 @@ SHAPES = {
         # The same experts folded into FP8 while loading (docs/nvfp4.md).
         Shape("deepseek-v4-flash-ep8-folded", "fp8_block", 256, 32, 6, 4096, 2048, *_BLOCKS, _LONG,
               _PACKED, "nvfp4"),
-        Shape("minimax-m3", "bf16", 128, 128, 4, 6144, 3072, None, None, (1, 64, 1024)),
-        Shape("minimax-m3-ep4", "bf16", 128, 32, 4, 6144, 3072, None, None, (1, 64, 1024)),
+        Shape("minimax-m3", "bf16", 128, 128, 4, 6144, 3072, None, None, (1, 64, 1024, 4096)),
+        Shape(
+            *("minimax-m3-ep4", "bf16", 128, 32, 4, 6144, 3072, None, None),
+            (1, 64, 1024, 4096, 16384),
+        ),
         Shape("deepseek-v3-ep8", "fp8_block", 256, 32, 8, 7168, 2048, *_BLOCKS),
         Shape("qwen3-235b-ep8", "fp8_block", 128, 16, 8, 4096, 1536, *_BLOCKS),
         # Shards of 1536 rows that are no whole steps of NVFP4's second GEMM, of 256 columns.
         Shape("qwen3-235b-nvfp4-tp8", "nvfp4", 128, 128, 8, 4096, 192),
         Shape("qwen3-235b-nvfp4-tp4", "nvfp4", 128, 128, 8, 4096, 384),
         Shape("glm-class-ep8", "fp8_block", 288, 36, 8, 6144, 2048, *_BLOCKS),
-        Shape("gpt-oss-like", "bf16", 128, 128, 4, 2880, 2880, None, None, (1, 8, 64, 1024)),
+        Shape("gpt-oss-like", "bf16", 128, 128, 4, 2880, 2880, None, None, (1, 8, 64, 1024, 4096)),
     )
 }  # fmt: skip
 

@@ -139,7 +139,7 @@ struct Meeting {
 struct Product {
     int columns;
     u64 a, b;
-    bool accumulate, done, registers;
+    bool accumulate, bf16, done, registers;
     int batch;  // of those that wgmma_commit closed, or -1
     float* d[32];
     u32 words[32][4];  // of a, where it is in registers

@@ -103,13 +103,13 @@ inline void store_transposed(void* row, u32 first, u32 second) {
 }
 
 // --- wgmma: of tiles with rows of 128 bytes, swizzled by address, in atoms of eight rows: m64nNk32 of e4m3,
-// m64nNk16 of bf16 with the first operand in registers ---
+// m64nNk16 of bf16, also with the first operand in registers ---
 
 namespace host {
 
 // A warp's 16 rows of a product: shared memory is read when wgmma may read, at the latest at the warp's wait.
 // A tile is its address and, in the upper half, the distance of its atoms.
-template <int DEPTH> void act(Warp& warp, Product& product) {
+template <int DEPTH, bool REGISTERS> void act(Warp& warp, Product& product) {
     product.done = true;
     const u8* shared = warp.block->shared - 1024;  // where shared_address is 0
     auto number = [=](u64 tile, int row, int column) {
@@ -120,7 +120,7 @@ template <int DEPTH> void act(Warp& warp, Product& product) {
     float rows[16][DEPTH];
     for (int row = 0; row < 16; row++) {
         for (int k = 0; k < DEPTH; k++) {
-            if (DEPTH == 32) {
+            if (!REGISTERS) {
                 rows[row][k] = number(product.a, warp.index % 4 * 16 + row, k);
             } else {
                 u32 word = product.words[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
@@ -143,8 +143,9 @@ template <int DEPTH> void act(Warp& warp, Product& product) {
     }
 }
 inline void act(Warp& warp, Product& product) {
-    if (product.registers) act<16>(warp, product);
-    else act<32>(warp, product);
+    if (product.registers) act<16, true>(warp, product);
+    else if (product.bf16) act<16, false>(warp, product);
+    else act<32, false>(warp, product);
 }
 
 inline void check_tile(u64 tile, int rows, const char* which) {
@@ -170,7 +171,7 @@ namespace host {
 
 // In the background: each warp's part happens at once or as late as its wait for it. Registers of the first operand
 // are taken at once: that they are left alone until then is the compiler's task.
-template <int N> void start_wgmma(float (&d)[N / 2], u64 a, const u32* words, u64 b, bool accumulate) {
+template <int N> void start_wgmma(float (&d)[N / 2], u64 a, const u32* words, u64 b, bool accumulate, bool bf16) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256);
     Fiber& self = *machine->current;
     if (!self.fenced) fail("wgmma without wgmma_fence before it, since the last wgmma_wait");
@@ -184,7 +185,7 @@ template <int N> void start_wgmma(float (&d)[N / 2], u64 a, const u32* words, u6
     } mine = {a, b, words, accumulate, d};
     meet(self.block->meetings, "wgmma", self.thread / 128, 128, &mine, [&](Meeting& meeting) {
         Product products[4];
-        for (Product& product : products) product = {N, a, b, accumulate, false, words != nullptr, -1, {}, {}};
+        for (Product& product : products) product = {N, a, b, accumulate, bf16, false, words != nullptr, -1, {}, {}};
         for (int i = 0; i < 128; i++) {
             Mine& other = *static_cast<Mine*>(meeting.brought[i]);
             int thread = meeting.fibers[i]->thread % 128;
@@ -207,10 +208,13 @@ template <int N> void start_wgmma(float (&d)[N / 2], u64 a, const u32* words, u6
 }  // namespace host
 
 template <int N> void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {
-    host::start_wgmma<N>(d, a, nullptr, b, accumulate);
+    host::start_wgmma<N>(d, a, nullptr, b, accumulate, false);
 }
 template <int N> void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
-    host::start_wgmma<N>(d, 0, a, b, true);
+    host::start_wgmma<N>(d, 0, a, b, true, true);
+}
+template <int N> void wgmma_bf16(float (&d)[N / 2], u64 a, u64 b) {
+    host::start_wgmma<N>(d, a, nullptr, b, true, true);
 }
 inline void wgmma_commit() {
     int none = 0;

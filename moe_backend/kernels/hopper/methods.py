@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import combinations
 from typing import Any, get_type_hints
 
-from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
+from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import flow, once, pairs, tiles
 from moe_backend.kernels.hopper.tiled import check_tiles
@@ -156,7 +156,7 @@ def _other_methods(layer: LayerConfig, tokens: int, default: Choice) -> list[Cho
             nearest.setdefault(type(choice), choice)
     if layer.format == Nvfp4Weights.name and not isinstance(default, Flow):
         nearest[Flow] = tiles.flow_nvfp4(layer, tokens)
-    if layer.format != Bf16Weights.name and not isinstance(default, Pairs):
+    if not isinstance(default, Pairs):
         nearest.setdefault(Pairs, tiles.pairs(layer))
     blocks = next((blocks for blocks in ONCE_BLOCKS if tokens <= 8 * blocks), None)
     if blocks and not isinstance(default, Once):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_backend.formats import Fp8BlockWeights
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
@@ -29,13 +29,13 @@ from moe_backend.kernels.hopper.tiles import (
     require,
 )
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
+from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
 
 FOLDER = Path(__file__).parent / "cuda"
 THREADS = 384
 GROUP = 128  # hidden columns that share a scale
 # Rows of a copy: of weights, and of tokens in either kernel.
-WEIGHT_BOX, FP8_BOX, NVFP4_BOX = 64, 64, 16
+WEIGHT_BOX, TOKEN_BOX, NVFP4_BOX = 64, 64, 16
 Arguments = tuple[list[Any], list[Any]]  # of the first and of the second GEMM's launch
 
 
@@ -60,7 +60,7 @@ def run(
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     positions = positions_of(layer, slots)
     wide = 1 if quantised else 2  # bytes of an activation
-    columns = i if quantised else padded(i)  # of a hidden row
+    columns = padded(i) if layer.format == Nvfp4Weights.name else i  # of a hidden row
     scales, groups = (cdiv(h, 128), cdiv(i, GROUP)) if quantised else (0, 0)  # of a row
     past = 4 * 128  # a tile's scales are copied whole, also where positions end
     whole, (operand, scale, position, targets, experts, count, hidden, hidden_scale, partial) = (
@@ -74,8 +74,7 @@ def run(
     to = Spread(operand, scale, position, targets, experts, count)
     spread(layer, x, weights, ids, expert_map, to, sms, positions)
     between = Between(operand, scale, experts, hidden, hidden_scale, partial)
-    arguments = _fp8_arguments if quantised else _nvfp4_arguments
-    given = arguments(layer, tensors, between, positions)
+    given = ARGUMENTS[layer.format](layer, tensors, between, positions)
     alone = lone_slots(layer, expert_map)
     for kernel, its in zip(_kernels(layer, choice, alone), given, strict=True):
         launch(kernel, sms // 2 * 2, THREADS, [*its, targets, out])
@@ -103,12 +102,27 @@ def _fp8_arguments(
     operand, scale, experts, hidden, hidden_scale, partial = between
     constants = _constants(layer)
     return (
-        [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h), scale, w13_scale,
+        [rows_of(operand, positions, h, TOKEN_BOX), _matrices(w13, 2 * e, i, h), scale, w13_scale,
          experts, hidden, hidden_scale, *constants, i, h, positions, w13_scale.shape[1] // 2,
          w13_scale.shape[2]],
-        [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i), hidden_scale, w2_scale,
+        [rows_of(hidden, positions, i, TOKEN_BOX), _matrices(w2, e, h, i), hidden_scale, w2_scale,
          experts, partial, hidden_scale, *constants, h, i, positions, w2_scale.shape[1],
          w2_scale.shape[2]],
+    )  # fmt: skip
+
+
+def _bf16_arguments(
+    layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
+) -> Arguments:
+    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    w13, no_scale, _, w2, *_ = unpack(layer, tensors)
+    operand, scale, experts, hidden, hidden_scale, partial = between
+    constants = _constants(layer)
+    return (
+        [rows_of(operand, positions, 2 * h, TOKEN_BOX), _matrices(w13, 2 * e, i, 2 * h), scale,
+         no_scale, experts, hidden, hidden_scale, *constants, i, h, positions, 0, 0],
+        [rows_of(hidden, positions, 2 * i, TOKEN_BOX), _matrices(w2, e, h, 2 * i), hidden_scale,
+         no_scale, experts, partial, hidden_scale, *constants, h, i, positions, 0, 0],
     )  # fmt: skip
 
 
@@ -129,6 +143,13 @@ def _nvfp4_arguments(
     )  # fmt: skip
 
 
+ARGUMENTS = {
+    Fp8BlockWeights.name: _fp8_arguments,
+    Nvfp4Weights.name: _nvfp4_arguments,
+    Bf16Weights.name: _bf16_arguments,
+}
+
+
 def _constants(layer: LayerConfig) -> tuple[float, float, float]:
     """The activation's."""
     activation = layer.activation
@@ -139,24 +160,25 @@ def _constants(layer: LayerConfig) -> tuple[float, float, float]:
 def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     """Of the first and of the second GEMM; whether outputs have targets."""
     check(layer, choice)
-    fp8 = layer.format == Fp8BlockWeights.name
-    name = "pairs" if fp8 else "pairs_nvfp4"
+    nvfp4 = layer.format == Nvfp4Weights.name
+    name = "pairs_nvfp4" if nvfp4 else "pairs"
     constants = {
         "EXPERTS": layer.num_local_experts,
         "STAGES": choice.stages,
         "ACTIVATION": ACTIVATIONS[layer.activation.kind],
         "SHARED_BYTES": SHARED_BYTES,
     }
-    if not fp8:
+    if nvfp4:
         constants |= {
             "CODES": pairs_code_stages(layer, choice),
             "PADDED": int(layer.intermediate_size != padded(layer.intermediate_size)),
         }
+    else:
+        constants["FORMAT"] = FORMATS[layer.format]
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
         own = {"GATED": gated, "LONE": int(lone and not gated)}
-        if fp8:
-            assert block is not None
+        if block is not None and not nvfp4:
             own |= {"SCALE_N": block[0], "SCALE_K": block[1]}
         every = tuple((constants | own).items())
         kernels.append(Kernel(FOLDER / f"{name}.cu", name, every, SHARED_BYTES, cluster=2))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_backend.formats import Fp8BlockWeights
+from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, launch
 from moe_backend.kernels.registry import LayerConfig
@@ -34,7 +34,7 @@ class Routed(NamedTuple):
 
     Attributes:
         operand: `[tokens, H]`, of FP8 layers e4m3 with scale, fp32 `[H / 128, tokens]`; else bf16,
-            columns in the order of `device._nvfp4_position`.
+            of NVFP4 layers columns in the order of `device._nvfp4_position`.
         position: int32 `[slots]`, -1 for slots that are left out.
         token_of: int32 `[positions]`; undefined where no slot is.
         experts: int32, how many were hit and of each expert, first position and end position, in
@@ -217,6 +217,7 @@ def _tokens(layer: LayerConfig, counted: bool) -> Constants:
     """Of `tokens.cuh`."""
     constants = {
         "QUANTISED": int(layer.format == Fp8BlockWeights.name),
+        "REORDERED": int(layer.format == Nvfp4Weights.name),
         "WEIGHT_ON_INPUT": int(layer.apply_router_weight_on_input),
         "PIECES": PIECES if counted else 1,
     }
@@ -225,7 +226,7 @@ def _tokens(layer: LayerConfig, counted: bool) -> Constants:
 
 def _ordered_bytes(layer: LayerConfig, threads: int) -> int:
     """A warp's 256 columns, to reorder them, of a block."""
-    return 0 if layer.format == Fp8BlockWeights.name else 512 * (threads // 32)
+    return 512 * (threads // 32) if layer.format == Nvfp4Weights.name else 0
 
 
 @lru_cache
@@ -243,7 +244,7 @@ def _route(layer: LayerConfig, slots: Constants, counted: bool) -> Kernel:
 
 @lru_cache
 def _sort(layer: LayerConfig, slots: Constants, lone: bool) -> Kernel:
-    nvfp4 = layer.format != Fp8BlockWeights.name
+    nvfp4 = layer.format == Nvfp4Weights.name
     more = {
         "CHUNKS": CHUNKS,
         # A thread counts how many have more for each of its experts, which takes long for many.

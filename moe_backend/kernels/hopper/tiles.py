@@ -127,10 +127,11 @@ class Flow:
 
 @dataclass(frozen=True)
 class Pairs:
-    """FP8 and NVFP4, many tokens per expert, by pairs of blocks that share operands (`pairs.py`).
+    """Many tokens per expert, by pairs of blocks that share operands (`pairs.py`).
 
     Attributes:
-        stages: steps of 128 columns that shared memory holds; with NVFP4 of tokens alone.
+        stages: steps of 128 columns that shared memory holds, with bf16 of 64; with NVFP4 of tokens
+            alone.
     """
 
     stages: int
@@ -187,9 +188,10 @@ FLOW_NARROW = 384
 # with 192 columns, at 256 slots as fast; with 384 columns as fast at 64.
 FLOW_NARROW_NVFP4, FLOW_SLOTS_NVFP4 = 256, 128
 FLOW_MOST_SLOTS = 1 << 17  # of a call
-# Slots per expert from which sorted tokens win where weights do not flow; and the most steps that
-# shared memory holds where pairs of blocks share what they read.
-MANY = 14
+# Slots per expert from which sorted tokens win where weights do not flow (with bf16 measured at 32,
+# where tiles are as fast, and at 64, where they take 1.16 to 1.2 times as long); and the most steps
+# that shared memory holds where pairs of blocks share what they read.
+MANY, MANY_BF16 = 14, 48
 PAIRS_STAGES = 4
 
 
@@ -219,7 +221,8 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
 def _paired(layer: LayerConfig, tokens: int) -> Pairs | None:
     """Where pairs of blocks share what they read."""
     choice = pairs(layer)
-    many = tokens * layer.top_k >= MANY * layer.num_experts
+    least = MANY_BF16 if layer.format == Bf16Weights.name else MANY
+    many = tokens * layer.top_k >= least * layer.num_experts
     fits = all(holds for holds, _ in pairs_needs(layer, choice))
     return choice if many and fits and build.missing() is None else None
 
@@ -354,8 +357,6 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
 
 def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
     """The same for `pairs.py`."""
-    if layer.format not in (Fp8BlockWeights.name, Nvfp4Weights.name):
-        return [(False, "FP8 or NVFP4")]
     sizes = layer.hidden_size, layer.intermediate_size
     fits = 2 <= choice.stages <= PAIRS_STAGES
     needs = [
@@ -369,6 +370,9 @@ def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
             (sizes[0] % 256 == 0, "a hidden size that is a multiple of 256"),
             (sizes[1] % 64 == 0, "an intermediate size that is a multiple of 64"),
         ]
+    if layer.format == Bf16Weights.name:
+        whole = all(size % 8 == 0 for size in sizes)
+        return [*needs, (whole, "hidden and intermediate sizes in eights")]
     assert layer.w13_block is not None
     assert layer.w2_block is not None
     (n13, k13), (n2, k2) = layer.w13_block, layer.w2_block
@@ -491,6 +495,9 @@ def _nvfp4(slots: float) -> Tiles:
 
 
 def _bf16(slots: float) -> Tiles:
-    if slots <= 12:
-        return Tiles(Tile(16, 64, 64, 4, 5, 2, True), Tile(16, 128, 64, 4, 5, 2))
-    return Tiles(Tile(64, 64, 64, 4, 5, 2), Tile(64, 128, 64, 4, 5, 2))
+    if slots <= 12:  # deep steps: weights come in longer pieces
+        return Tiles(Tile(16, 64, 128, 4, 5, 1, True), Tile(16, 128, 128, 4, 5, 1))
+    if slots <= 96:
+        return Tiles(Tile(64, 64, 64, 4, 4, 2, True), Tile(64, 128, 64, 4, 4, 2))
+    # Where `Pairs` cannot be compiled.
+    return Tiles(Tile(128, 128, 64, 8, 4, 1), Tile(128, 256, 64, 8, 4, 1))

@@ -1,4 +1,4 @@
-// pairs.cu: the end of an item: hidden columns as codes with a scale, or outputs.
+// pairs.cu: the end of an item: outputs, and what both formats' hidden columns need.
 #pragma once
 
 #include "pairs_shared.cuh"
@@ -20,77 +20,21 @@ DEVICE void turn_words(u32 (&words)[4], int t) {
     words[3] = high ? high1 : d;
 }
 
-// The same with halves of words: of lane t, first word: columns 0 and 1, second word: columns 2 and 3; afterwards
-// all of column t.
-DEVICE uint2 turn_halves(u32 first, u32 second, int t) {
-    const bool odd = t & 1, high = t & 2;
-    // What the neighbour wants, and what this lane has for itself.
-    const u32 given = __byte_perm(first, second, odd ? 0x5410 : 0x7632);
-    const u32 own = __byte_perm(first, second, odd ? 0x7632 : 0x5410);
-    const u32 got = __shfl_xor_sync(ALL, given, 1);
-    // Column t % 2, and that plus 2, of two lanes.
-    const u32 low = odd ? __byte_perm(got, own, 0x5410) : __byte_perm(own, got, 0x5410);
-    const u32 upper = odd ? __byte_perm(got, own, 0x7632) : __byte_perm(own, got, 0x7632);
-    const u32 other = __shfl_xor_sync(ALL, high ? low : upper, 2);
-    return high ? uint2{other, upper} : uint2{low, other};
-}
-
-// Hidden columns of the sums: of each chunk's 64, in place of the gate's.
-template <int COUNT> DEVICE void activate_sums(const Layer& layer, Sums (&sums)[COUNT], float (&amax)[2]) {
-    amax[0] = amax[1] = 0.0f;
+// A token's numbers, GROUPS times eight neighbours' of a chunk, with a weight as bf16 to its row from `column` on: those of
+// token `r` of a thread's two, of which four lanes have the same.
+template <int GROUPS>
+DEVICE void store_row(const Sums& sums, int r, float weight, u16* row, int column, int columns, bool there, int t) {
 #pragma unroll
-    for (int c = 0; c < COUNT; c++) {
+    for (int j = 0; j < GROUPS; j += 4) {
+        u32 words[4];
 #pragma unroll
-        for (int i = 0; i < CHUNK / 4; i++) {
-            float& gate = sums[c][i];
-            gate = activate<ACTIVATION>(gate, sums[c][CHUNK / 4 + i], layer.limit, layer.alpha, layer.beta);
-            amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(gate));
+        for (int i = 0; i < 4; i++) {
+            const float* v = &sums[4 * (j + i) + 2 * r];
+            words[i] = to_bf16(v[0] * weight, v[1] * weight);
         }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        amax[r] = fmaxf(amax[r], __shfl_xor_sync(ALL, amax[r], 1));
-        amax[r] = fmaxf(amax[r], __shfl_xor_sync(ALL, amax[r], 2));
-    }
-}
-
-// The end of an item of the first GEMM, for a warp group; with FEW tokens the other has the other 64 hidden columns.
-template <bool FEW>
-DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, Sums (&sums)[FEW ? 1 : CHUNKS],
-                         const Place& place) {
-    float amax[2];
-    activate_sums(layer, sums, amax);
-    const int t = place.column();
-    if (FEW) {
-        named_sync(1, CONSUMERS);  // what was here before has been read
-        if (t < 2) shared.largest[place.group][place.row() + 8 * t] = t ? amax[1] : amax[0];
-        named_sync(1, CONSUMERS);
-#pragma unroll
-        for (int r = 0; r < 2; r++) amax[r] = fmaxf(amax[r], shared.largest[1 - place.group][place.row() + 8 * r]);
-    }
-    const int first = (FEW ? 0 : place.group * HALF) + place.row();
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int token = first + 8 * r;
-        const bool there = token < item.tokens;
-        const long long position = item.start + token;
-        const float factor = codes_per_unit(amax[r]);
-        if (there && t == 0 && (!FEW || place.group == 0)) {
-            layer.out_scale[static_cast<long long>(item.block) * layer.positions + position] = unit_of_codes(amax[r]);
-        }
-#pragma unroll
-        for (int c = 0; c < (FEW ? 1 : CHUNKS); c++) {
-#pragma unroll
-            for (int j = 0; j < CHUNK / 16; j += 4) {
-                const float* v = &sums[c][4 * j + 2 * r];
-                const uint2 codes = turn_halves(to_fp8(v[0] * factor, v[1] * factor, v[4] * factor, v[5] * factor),
-                                                to_fp8(v[8] * factor, v[9] * factor, v[12] * factor, v[13] * factor), t);
-                const int column = item.block * ROWS + (FEW ? place.group : c) * CHUNK_ROWS + 8 * (j + t);
-                if (there && column < layer.rows) {
-                    *reinterpret_cast<uint2*>(static_cast<u8*>(layer.out) + position * layer.rows + column) = codes;
-                }
-            }
-        }
+        turn_words(words, t);
+        const int own = column + 8 * (j + t);
+        if (there && own < columns) *reinterpret_cast<uint4*>(row + own) = {words[0], words[1], words[2], words[3]};
     }
 }
 
@@ -120,20 +64,8 @@ template <bool FEW> struct Rows {
                                       : layer.sums + static_cast<long long>(target.row) * layer.rows;
 #pragma unroll
             for (int c = 0; c < (FEW ? 1 : CHUNKS); c++) {
-#pragma unroll
-                for (int j = 0; j < CHUNK / 8; j += 4) {
-                    u32 words[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float* v = &sums[c][4 * (j + i) + 2 * r];
-                        words[i] = to_bf16(v[0] * target.weight, v[1] * target.weight);
-                    }
-                    turn_words(words, t);
-                    const int column = item.block * ROWS + (FEW ? place.group : c) * CHUNK_ROWS + 8 * (j + t);
-                    if (token < item.tokens && column < layer.rows) {
-                        *reinterpret_cast<uint4*>(row + column) = {words[0], words[1], words[2], words[3]};
-                    }
-                }
+                const int column = item.block * ROWS + (FEW ? place.group : c) * CHUNK_ROWS;
+                store_row<CHUNK / 8>(sums[c], r, target.weight, row, column, layer.rows, token < item.tokens, t);
             }
         }
     }

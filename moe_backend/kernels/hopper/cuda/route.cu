@@ -9,7 +9,7 @@
 #include "tokens.cuh"
 
 struct Shared : Slots {
-    alignas(16) u32 ordered[QUANTISED ? 1 : WARPS][ORDERED];
+    alignas(16) u32 ordered[REORDERED ? WARPS : 1][ORDERED];
 };
 
 // Whether one of a round's tokens has a local expert, for a warp.
@@ -27,7 +27,7 @@ struct OwnRow {
     template <class Store> DEVICE void each(Store store) const { store(static_cast<long long>(token)); }
 };
 
-// x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if not QUANTISED; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
+// x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if REORDERED; ids: `[tokens, TOP_K]`; expert_map: `[NUM_IDS]` if HAS_MAP;
 // topk_weights: `[tokens, 1]` if WEIGHT_ON_INPUT.
 // counts: of `count`, if CHUNKS, with chunks of so many slots, a multiple of a block's.
 // operand: `[tokens, H]`, e4m3 with operand_scale, `[H / 128, tokens]`, or bf16.
@@ -73,7 +73,7 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
             if (!is_local(shared, inside, lane)) continue;
             const int token = first + inside, column = job % parts * PART + 8 * lane;
             const float weight = WEIGHT_ON_INPUT ? topk_weights[token] : 1.0f;
-            store_part(part, weight, shared.ordered[QUANTISED ? 0 : warp], OwnRow{token}, column, H, tokens, operand,
+            store_part(part, weight, shared.ordered[REORDERED ? warp : 0], OwnRow{token}, column, H, tokens, operand,
                        operand_scale);
         }
         __syncthreads();

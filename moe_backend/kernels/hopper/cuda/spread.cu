@@ -36,7 +36,7 @@ struct Positions {
     }
 };
 
-// x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if not QUANTISED; position: `[tokens, TOP_K]`, -1 for slots that are
+// x: `[tokens, H]` bf16, H a multiple of 8, and of 256 if REORDERED; position: `[tokens, TOP_K]`, -1 for slots that are
 // left out; topk_weights: `[tokens, 1]` if WEIGHT_ON_INPUT.
 // operand: `[rows, H]`, e4m3 with operand_scale, `[H / 128, rows]`, or bf16. A warp for each part of each token.
 KERNEL void __launch_bounds__(THREADS, 4) spread(const u16* x, const int* position, const float* topk_weights, u8* operand,

@@ -1,13 +1,13 @@
-// A token's columns as the GEMMs take them: quantised, per 128 columns, to e4m3; or in bf16, in the order of the NVFP4
-// decoder.
+// A token's columns as the GEMMs take them: quantised, per 128 columns, to e4m3; or in bf16, as they are or in the order of
+// the NVFP4 decoder.
 //
-// Compile-time constants: QUANTISED, WEIGHT_ON_INPUT (with TOP_K 1), PIECES (of 256 columns, which a warp has on their way).
+// Compile-time constants: QUANTISED, or if not REORDERED, WEIGHT_ON_INPUT (with TOP_K 1), PIECES (of 256 columns, which a warp has on their way).
 #pragma once
 
 #include "warps.cuh"
 
 constexpr int PART = 256 * PIECES;         // columns of a token that a warp brings at once
-constexpr int ORDERED = QUANTISED ? 1 : 128;  // words of shared memory in which a warp reorders 256 columns
+constexpr int ORDERED = REORDERED ? 128 : 1;  // words of shared memory in which a warp reorders 256 columns
 
 // Eight columns of a token.
 struct Piece {
@@ -79,12 +79,7 @@ DEVICE void store_codes(const Part& part, float weight, const Rows& to, int colu
 
 // A warp's 256 columns in the order in which the decoder of NVFP4 yields codes: of a thread's eight, neighbours in
 // one of four times 64, the even ones come before all odd ones.
-DEVICE uint4 reorder(const Piece& piece, float weight, u32* ordered) {
-    u32 pairs[4] = {piece.bits.x, piece.bits.y, piece.bits.z, piece.bits.w};
-    if (WEIGHT_ON_INPUT) {
-#pragma unroll
-        for (u32& pair : pairs) pair = to_bf16(low_bf16(pair) * weight, high_bf16(pair) * weight);
-    }
+DEVICE uint4 reorder(const u32 (&pairs)[4], u32* ordered) {
     const int lane = threadIdx.x % 32;
     u32* to = ordered + lane % 8 * 8 + lane / 8;
 #pragma unroll
@@ -98,13 +93,21 @@ DEVICE uint4 reorder(const Piece& piece, float weight, u32* ordered) {
     return bits;
 }
 
-// A warp's part of a token in that order, to each of its rows of the operand, `[rows, H]` bf16.
+// A warp's part of a token, perhaps in that order, to each of its rows of the operand, `[rows, H]` bf16.
 template <class Rows>
-DEVICE void store_reordered(const Part& part, float weight, u32* ordered, const Rows& to, int column, int H,
+DEVICE void store_bf16(const Part& part, float weight, u32* ordered, const Rows& to, int column, int H,
                             u8* operand) {
     uint4 bits[PIECES];
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) bits[i] = reorder(part.pieces[i], weight, ordered);
+    for (int i = 0; i < PIECES; i++) {
+        const uint4& own = part.pieces[i].bits;
+        u32 pairs[4] = {own.x, own.y, own.z, own.w};
+        if (WEIGHT_ON_INPUT) {
+#pragma unroll
+            for (u32& pair : pairs) pair = to_bf16(low_bf16(pair) * weight, high_bf16(pair) * weight);
+        }
+        bits[i] = REORDERED ? reorder(pairs, ordered) : uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+    }
     to.each([&](long long row) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
@@ -114,10 +117,10 @@ DEVICE void store_reordered(const Part& part, float weight, u32* ordered, const 
     });
 }
 
-// Either, as the layer's weights want it. column: the lane's first.
+// As the layer's weights want it. column: the lane's first.
 template <class Rows>
 DEVICE void store_part(const Part& part, float weight, u32* ordered, const Rows& to, int column, int H, int rows,
                        u8* operand, float* operand_scale) {
     if (QUANTISED) store_codes(part, weight, to, column, H, rows, operand, operand_scale);
-    else store_reordered(part, weight, ordered, to, column, H, operand);
+    else store_bf16(part, weight, ordered, to, column, H, operand);
 }

@@ -3,7 +3,7 @@
 // An operand is a tile of rows of 128 bytes, K along them, as the tensor memory accelerator writes
 // it with the 128-byte swizzle: 1024 bytes for eight rows, at a multiple of 1024.
 //
-// With bf16 the first operand is in registers.
+// With bf16 the first operand may be in registers.
 //
 // Between wgmma_fence and wgmma_wait nothing else may touch the sums; wgmma_touch tells the compiler,
 // for which they are ready as soon as an MMA is issued, not to use them before.
@@ -41,6 +41,8 @@ template <int N> DEVICE void wgmma_fp8(float (&d)[N / 2], u64 a, u64 b, bool acc
 // d += a b: the same 16 deep, bf16; of a thread a is rows g, g+8, g, g+8 of its warp's 16, at columns from 2t, 2t,
 // 2t+8, 2t+8.
 template <int N> DEVICE void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u64 b);
+// The same with a in shared memory.
+template <int N> DEVICE void wgmma_bf16(float (&d)[N / 2], u64 a, u64 b);
 
 #define LIST_4 "%0, %1, %2, %3"
 #define LIST_8 LIST_4 ", %4, %5, %6, %7"
@@ -101,6 +103,13 @@ WGMMA_BF16(104, 52, 52, 53, 54, 55, 56, 57, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32)
 WGMMA_BF16(112, 56, 56, 57, 58, 59, 60, 61, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48))
 WGMMA_BF16(120, 60, 60, 61, 62, 63, 64, 65, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48), FOUR(56))
 WGMMA_BF16(128, 64, 64, 65, 66, 67, 68, 69, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
+
+template <> DEVICE void wgmma_bf16<128>(float (&d)[64], u64 a, u64 b) {
+    asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST_64 "}, %64, %65, more, 1, 1, 0, 0;\n}"
+                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
+                 : "l"(a), "l"(b), "r"(1));
+}
 
 #undef WGMMA_BF16
 #undef WGMMA_FP8
