@@ -460,8 +460,7 @@ DEFAULTS = {
     # Shards that are padded to 256 columns: 64 and 256 slots per expert at 1024 and 4096 tokens.
     "qwen3-235b-nvfp4-tp8": {8: Few, 16: Flow, 1024: Flow, 4096: Pairs},
     "qwen3-235b-nvfp4-tp4": {16: Flow, 512: Flow, 1024: Pairs},
-    # 32, 64 and 512 slots per expert.
-    "minimax-m3-ep4": {1: Once, 8: Once, 64: Tiles, 1024: Tiles, 2048: Pairs, 16384: Pairs},
+    "minimax-m3-ep4": {1: Once, 8: Once, 64: Tiles, 1535: Tiles, 1536: Pairs, 16384: Pairs},
 }
 
 

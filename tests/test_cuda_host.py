@@ -126,6 +126,18 @@ def test_wgmma_of_swizzled_boxes(samples, fault):
     assert seen == {"right"} if fault == RIGHT else "wrong" in seen
 
 
+def test_wgmma_of_bf16(samples):
+    """Both operands in shared memory."""
+    a, b = torch.randn(64, 80).bfloat16(), torch.randn(128, 64).bfloat16()
+    a_map = driver.tensor_map(a.view(torch.uint8), (160, 64), (160,), (128, 64), 128)
+    b_map = driver.tensor_map(b.view(torch.uint8), (128, 128), (128,), (128, 128), 128)
+    for seed in SEEDS:
+        out = torch.empty(64, 128)
+        shared = 8192 + 128 * 128 + 8
+        driver.launch(samples, "multiply_bf16_in_group", 1, 128, shared, [a_map, b_map, out], seed)
+        torch.testing.assert_close(out, a[:, :64].float() @ b.float().T + 1)
+
+
 def test_other_copies(samples):
     x = torch.arange(2 * 3 * 2 * 5 * 8).int().view(2, 3, 2, 5, 8)
     strides = [4 * stride for stride in reversed(x.stride()[:-1])]

@@ -110,6 +110,30 @@ KERNEL void multiply_in_group(const GRID_CONSTANT TensorMap a, const GRID_CONSTA
         out[(row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + column + i % 2] = sums[i];
 }
 
+// The same of 64 columns of bf16.
+KERNEL void multiply_bf16_in_group(const GRID_CONSTANT TensorMap a, const GRID_CONSTANT TensorMap b, float* out) {
+    SHARED_MEMORY(memory);
+    u64* barrier = reinterpret_cast<u64*>(memory + 8192 + 128 * 128);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barriers_ready();
+        barrier_expect(barrier, 8192 + 128 * 128);
+        copy_box(memory, &a, 0, 0, barrier);
+        copy_box(memory + 8192, &b, 0, 0, barrier);
+    }
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    const u64 rows = shared_matrix(memory), columns = shared_matrix(memory + 8192);
+    float sums[64];
+    for (float& sum : sums) sum = 1.0f;  // it adds to what there is
+    wgmma_fence();
+    for (int k = 0; k < 128; k += 32) wgmma_bf16<128>(sums, columns_on(rows, k), columns_on(columns, k));
+    wgmma_commit();
+    wgmma_wait<0>();
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int i = 0; i < 64; i++) out[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + column + i % 2] = sums[i];
+}
+
 // out [16, 8], of 16-bit numbers: two matrices [8, 8] transposed.
 KERNEL void transpose(const u32* in, u16* out) {
     SHARED_MEMORY(memory);

@@ -6,7 +6,7 @@
 // LONE, of tokens with one slot here, the sums themselves.
 //
 // Pairs. With full tiles the time goes by what L2 gives: a step of 128 tokens and 256 weight rows is 48 KB for 1,024
-// cycles of FP8's MMAs, twice what L2 has for each multiprocessor (2,048 cycles of bf16's). So two blocks on neighbouring multiprocessors, a
+// cycles of MMAs in either format, twice what L2 has for each multiprocessor. So two blocks on neighbouring multiprocessors, a
 // cluster, work side by side and bring what both need once, each a half of it to both: two tiles of an expert's
 // tokens share the weights; the tile that is left, or the only one, is shared by two blocks of weight rows.
 //

@@ -1,4 +1,4 @@
-// Tokens to the positions of all their slots (`sort.cu`), quantised or their columns reordered (`tokens.cuh`), so that the
+// Tokens to the positions of all their slots (`sort.cu`), quantised, their columns reordered, or as they are (`tokens.cuh`), so that the
 // accelerator can bring them.
 //
 // A warp has a part of a token; blocks are many and short, since how many positions a token has differs.

@@ -1,7 +1,8 @@
 // A token's columns as the GEMMs take them: quantised, per 128 columns, to e4m3; or in bf16, as they are or in the order of
 // the NVFP4 decoder.
 //
-// Compile-time constants: QUANTISED, or if not REORDERED, WEIGHT_ON_INPUT (with TOP_K 1), PIECES (of 256 columns, which a warp has on their way).
+// Compile-time constants: QUANTISED, REORDERED (neither: as they are), WEIGHT_ON_INPUT (with TOP_K 1), PIECES (of 256
+// columns, which a warp has on their way).
 #pragma once
 
 #include "warps.cuh"
@@ -96,7 +97,7 @@ DEVICE uint4 reorder(const u32 (&pairs)[4], u32* ordered) {
 // A warp's part of a token, perhaps in that order, to each of its rows of the operand, `[rows, H]` bf16.
 template <class Rows>
 DEVICE void store_bf16(const Part& part, float weight, u32* ordered, const Rows& to, int column, int H,
-                            u8* operand) {
+                       u8* operand) {
     uint4 bits[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
