@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from comm_shm import needs_shm
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -17,6 +18,7 @@ SCRIPT = Path(__file__).with_name("comm_served.py")
 SETTINGS = ("on", "auto", "off", "on:wrong", "auto:wrong")
 
 
+@needs_shm
 def test_same_tokens_on_every_path_and_with_a_fault(tiny, tmp_path):
     """One process serves five times in turn: vLLM's import alone takes seconds."""
     out = tmp_path / "answers.json"

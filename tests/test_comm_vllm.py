@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 import comm_fork
 import torch
 from comm_ranks import run_ranks, run_scenarios
+from comm_shm import needs_shm
 
 VARIABLE = "MOE_BACKEND_ALL_REDUCE"
 
@@ -218,12 +219,14 @@ def gpu_rank(
 # --- The CPU platform -----------------------------------------------------------------------------
 
 
+@needs_shm
 def test_without_our_backend_vllm_is_left_alone(tmp_path):
     ended = run_ranks(cpu_rank, 2, tmp_path)
     assert {e.value for e in ended} == {"CpuCommunicator _CPUSHMDistributed"}
     assert not (tmp_path / "cache").exists()
 
 
+@needs_shm
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_healthy_path_is_kept_and_remembered(ranks, tmp_path):
     for _ in range(2 if ranks == 2 else 1):
@@ -242,6 +245,7 @@ def test_path_left_out_by_the_user(tmp_path):
         assert "torch instead" in ended[0].output
 
 
+@needs_shm
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_wrong_result_switches_the_path_off(ranks, tmp_path):
     faults = {"nan": "gave NaN", "wrong": "gave a wrong result"}
@@ -254,6 +258,7 @@ def test_wrong_result_switches_the_path_off(ranks, tmp_path):
         assert f"on rank 1 of {ranks}), torch instead" in ended[0].output
 
 
+@needs_shm
 def test_finding_is_remembered(tmp_path):
     run_ranks(faulty_cpu_rank, 2, tmp_path, "wrong", env={VARIABLE: "auto"})
     assert cached(tmp_path) == {"shm": "wrong", "torch": "ok"}
@@ -272,12 +277,14 @@ def refused(ended) -> bool:
     )
 
 
+@needs_shm
 def test_hang_while_it_is_built_is_refused(tmp_path):
     ended = run_ranks(faulty_cpu_rank, 2, tmp_path, "hang when built", env={VARIABLE: "auto"})
     assert refused(ended), ended
     assert len(list(tmp_path.rglob("*.pending"))) == 1
 
 
+@needs_shm
 def test_hang_in_the_server_is_refused_and_the_next_start_looks_first(tmp_path):
     ended = run_ranks(faulty_cpu_rank, 2, tmp_path, "hang", env={VARIABLE: "auto"})
     assert refused(ended), ended
@@ -297,6 +304,7 @@ def children(value: str) -> dict[str, str]:
     return {VARIABLE: value, "PYTHONPATH": comm_fork.python_path()}
 
 
+@needs_shm
 def test_error_on_one_rank_ends_the_start_with_a_way_out(tmp_path):
     ended = run_ranks(faulty_cpu_rank, 2, tmp_path, "error when built", env={VARIABLE: "auto"})
     assert ended[1].exit_code == 1
@@ -304,6 +312,7 @@ def test_error_on_one_rank_ends_the_start_with_a_way_out(tmp_path):
     assert f"{VARIABLE}=-shm leaves one out now" in ended[1].output
 
 
+@needs_shm
 def test_probe_runs_vllms_own_path_in_child_processes(tmp_path):
     ended = run_ranks(cpu_rank, 2, tmp_path, env=children("probe"))
     assert {e.value for e in ended} == {"CheckedCpuCommunicator _CPUSHMDistributed"}, ended
@@ -312,6 +321,7 @@ def test_probe_runs_vllms_own_path_in_child_processes(tmp_path):
     assert not list(Path("/dev/shm").glob("moe-backend-probe-*"))
 
 
+@needs_shm
 def test_everything_trusted(tmp_path):
     ended = run_ranks(trusting_cpu_rank, 2, tmp_path, env={VARIABLE: "on"})
     assert ended[1].value is True  # NaN went through, as asked for
@@ -325,6 +335,7 @@ def test_nothing_left_is_refused_on_every_rank(tmp_path):
         assert "NoUsablePathError: the collectives of torch.distributed" in one.output
 
 
+@needs_shm
 def test_path_asked_for_that_is_wrong_is_refused(tmp_path):
     ended = run_ranks(faulty_cpu_rank, 2, tmp_path, "wrong", env={VARIABLE: "shm"})
     for one in ended:
