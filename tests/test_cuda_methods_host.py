@@ -173,48 +173,32 @@ def test_pairs(launches, layout, blocks):
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes", "tokens", "activation"),
+    ("name", "layout", "sizes", "tokens", "stages", "activation"),
     [
-        ("unsharded", (512, 256), 330, 0),  # up to three tiles an expert
-        ("ep", (288, 160), 90, 1),  # the last steps and blocks of rows are not full
-        ("dropped", (768, 320), 200, 2),
-        ("unsharded", (256, 64), 40, 3),
+        ("nvfp4", "unsharded", (512, 256), 330, (3, 4), 0),  # up to three tiles an expert
+        ("nvfp4", "ep", (256, 512), 90, (3, 2), 1),  # an odd block of output rows
+        ("nvfp4", "dropped", (768, 192), 200, (4, 3), 2),  # hidden columns are padded to 256
+        ("nvfp4", "unsharded", (256, 320), 40, (4, 4), 3),
+        ("bf16", "unsharded", (512, 256), 330, (3, 4), 0),
+        ("bf16", "ep", (288, 160), 90, (3, 2), 1),  # last steps and blocks of rows are not full
+        ("bf16", "dropped", (768, 320), 200, (4, 3), 2),
+        ("bf16", "unsharded", (256, 64), 40, (4, 4), 3),
     ],
 )
-def test_pairs_of_bf16(launches, monkeypatch, layout, sizes, tokens, activation):
+def test_pairs_of_nvfp4_and_bf16(
+    launches, monkeypatch, name, layout, sizes, tokens, stages, activation
+):
     monkeypatch.setattr(pairs, "multiprocessors", lambda device: 7)  # three pairs, one left over
     hidden, intermediate = sizes
     problem = build(
         Case(
-            "bf16", ACTIVATIONS[activation], hidden_size=hidden, intermediate_size=intermediate,
-            layout=layout, tokens=tokens, num_experts=4,
-        )
-    )  # fmt: skip
-    outputs = [check(problem, Pairs(stages)) for stages in (3, 4)]  # with other seeds
-    assert launches == 2 * [*SPREAD, "pairs", "pairs", "combine"]
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize(
-    ("layout", "sizes", "tokens", "stages", "activation"),
-    [
-        ("unsharded", (512, 256), 330, (3, 4), 0),  # up to three tiles an expert
-        ("ep", (256, 512), 90, (3, 2), 1),  # an odd block of output rows
-        ("dropped", (768, 192), 200, (4, 3), 2),  # hidden columns are padded to 256
-        ("unsharded", (256, 320), 40, (4, 4), 3),
-    ],
-)
-def test_pairs_of_nvfp4(launches, monkeypatch, layout, sizes, tokens, stages, activation):
-    monkeypatch.setattr(pairs, "multiprocessors", lambda device: 7)  # three pairs, one left over
-    hidden, intermediate = sizes
-    problem = build(
-        Case(
-            "nvfp4", ACTIVATIONS[activation], hidden_size=hidden, intermediate_size=intermediate,
+            name, ACTIVATIONS[activation], hidden_size=hidden, intermediate_size=intermediate,
             layout=layout, tokens=tokens, num_experts=4,
         )
     )  # fmt: skip
     outputs = [check(problem, Pairs(n)) for n in stages]  # with other seeds
-    assert launches == 2 * [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
+    gemm = "pairs_nvfp4" if name == "nvfp4" else "pairs"
+    assert launches == 2 * [*SPREAD, gemm, gemm, "combine"]
     assert torch.equal(*outputs)
 
 

@@ -7,7 +7,7 @@ sum by `combine.cu`.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -73,20 +73,10 @@ CASES = {
     "as they are": Case(
         20, 4, 12, 5, 1288, 3, quantised=False, reordered=False, chunks=3, sorted=True, pieces=4
     ),
-    "as they are but for weights": Case(
-        9,
-        1,
-        4,
-        3,
-        72,
-        4,
-        weight_on_input=True,
-        quantised=False,
-        reordered=False,
-        chunks=2,
-        sorted=True,
-    ),
 }
+CASES["as they are but for weights"] = replace(
+    CASES["sorted weights"], quantised=False, reordered=False
+)
 
 
 def ids_of(case: Case) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
+from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
@@ -20,7 +20,7 @@ from moe_backend.kernels.hopper.route import (
     positions_of,
     spread,
 )
-from moe_backend.kernels.hopper.tiled import multiprocessors
+from moe_backend.kernels.hopper.tiled import multiprocessors, scale_shape
 from moe_backend.kernels.hopper.tiles import (
     SHARED_BYTES,
     Pairs,
@@ -52,7 +52,7 @@ def run(
     tokens, slots = len(x), topk_ids.numel()
     if slots == 0:
         return torch.empty_like(x)
-    quantised = layer.format == Fp8BlockWeights.name
+    quantised, nvfp4 = (layer.format == f.name for f in (Fp8BlockWeights, Nvfp4Weights))
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, *_ = tensors
     assert w13 is not None
@@ -60,7 +60,7 @@ def run(
     x, ids, weights = packed(x), topk_ids.contiguous(), packed(topk_weights.float())
     positions = positions_of(layer, slots)
     wide = 1 if quantised else 2  # bytes of an activation
-    columns = padded(i) if layer.format == Nvfp4Weights.name else i  # of a hidden row
+    columns = padded(i) if nvfp4 else i  # of a hidden row
     scales, groups = (cdiv(h, 128), cdiv(i, GROUP)) if quantised else (0, 0)  # of a row
     past = 4 * 128  # a tile's scales are copied whole, also where positions end
     whole, (operand, scale, position, targets, experts, count, hidden, hidden_scale, partial) = (
@@ -74,7 +74,8 @@ def run(
     to = Spread(operand, scale, position, targets, experts, count)
     spread(layer, x, weights, ids, expert_map, to, sms, positions)
     between = Between(operand, scale, experts, hidden, hidden_scale, partial)
-    given = ARGUMENTS[layer.format](layer, tensors, between, positions)
+    arguments = _nvfp4_arguments if nvfp4 else _tokens_first_arguments
+    given = arguments(layer, tensors, between, positions)
     alone = lone_slots(layer, expert_map)
     for kernel, its in zip(_kernels(layer, choice, alone), given, strict=True):
         launch(kernel, sms // 2 * 2, THREADS, [*its, targets, out])
@@ -94,35 +95,21 @@ class Between(NamedTuple):
     partial: Memory
 
 
-def _fp8_arguments(
+def _tokens_first_arguments(
     layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
 ) -> Arguments:
+    """Of FP8, and of bf16, which has no scales."""
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     operand, scale, experts, hidden, hidden_scale, partial = between
-    constants = _constants(layer)
+    constants, wide = _constants(layer), w13.element_size()
     return (
-        [rows_of(operand, positions, h, TOKEN_BOX), _matrices(w13, 2 * e, i, h), scale, w13_scale,
-         experts, hidden, hidden_scale, *constants, i, h, positions, w13_scale.shape[1] // 2,
-         w13_scale.shape[2]],
-        [rows_of(hidden, positions, i, TOKEN_BOX), _matrices(w2, e, h, i), hidden_scale, w2_scale,
-         experts, partial, hidden_scale, *constants, h, i, positions, w2_scale.shape[1],
-         w2_scale.shape[2]],
-    )  # fmt: skip
-
-
-def _bf16_arguments(
-    layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
-) -> Arguments:
-    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
-    w13, no_scale, _, w2, *_ = unpack(layer, tensors)
-    operand, scale, experts, hidden, hidden_scale, partial = between
-    constants = _constants(layer)
-    return (
-        [rows_of(operand, positions, 2 * h, TOKEN_BOX), _matrices(w13, 2 * e, i, 2 * h), scale,
-         no_scale, experts, hidden, hidden_scale, *constants, i, h, positions, 0, 0],
-        [rows_of(hidden, positions, 2 * i, TOKEN_BOX), _matrices(w2, e, h, 2 * i), hidden_scale,
-         no_scale, experts, partial, hidden_scale, *constants, h, i, positions, 0, 0],
+        [rows_of(operand, positions, wide * h, TOKEN_BOX), _matrices(w13, 2 * e, i, wide * h),
+         scale, w13_scale, experts, hidden, hidden_scale, *constants, i, h, positions,
+         *scale_shape(layer, w13_scale, 2)],
+        [rows_of(hidden, positions, wide * i, TOKEN_BOX), _matrices(w2, e, h, wide * i),
+         hidden_scale, w2_scale, experts, partial, hidden_scale, *constants, h, i, positions,
+         *scale_shape(layer, w2_scale, 1)],
     )  # fmt: skip
 
 
@@ -141,13 +128,6 @@ def _nvfp4_arguments(
          rows_of(w2, e * h, i // 2, WEIGHT_BOX), w2_scale, w2_global, experts, partial, *constants,
          h, columns, w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
-
-
-ARGUMENTS = {
-    Fp8BlockWeights.name: _fp8_arguments,
-    Nvfp4Weights.name: _nvfp4_arguments,
-    Bf16Weights.name: _bf16_arguments,
-}
 
 
 def _constants(layer: LayerConfig) -> tuple[float, float, float]:
@@ -178,7 +158,8 @@ def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
         own = {"GATED": gated, "LONE": int(lone and not gated)}
-        if block is not None and not nvfp4:
+        if layer.format == Fp8BlockWeights.name:
+            assert block is not None
             own |= {"SCALE_N": block[0], "SCALE_K": block[1]}
         every = tuple((constants | own).items())
         kernels.append(Kernel(FOLDER / f"{name}.cu", name, every, SHARED_BYTES, cluster=2))

@@ -95,7 +95,7 @@ def run(
         **overlap,
     }
     activation = layer.activation
-    scale_rows, scale_columns = _scale_shape(layer, w13_scale, 2)
+    scale_rows, scale_columns = scale_shape(layer, w13_scale, 2)
     device.gate_up_kernel[(programs * first.per_sm,)](
         operand, operand_scale, _w13_view(w13, first), w13_scale, w13_global, hidden, hidden_scale,
         slot_list, ends, activation.limit or 0.0, activation.alpha, activation.beta,
@@ -104,7 +104,7 @@ def run(
         ACTIVATION=ACTIVATIONS[activation.kind], BLOCK_M=first.m, BLOCK_I=first.n,
         BLOCK_K=first.k, SPLIT=first.split, STAGES=first.stages, num_warps=first.warps, **shared,
     )  # fmt: skip
-    scale_rows, scale_columns = _scale_shape(layer, w2_scale, 1)
+    scale_rows, scale_columns = scale_shape(layer, w2_scale, 1)
     device.down_kernel[(programs * second.per_sm,)](
         hidden, hidden_scale, _w2_view(w2, second), w2_scale, w2_global, weights, partial,
         slot_list, ends, e, h, i, hidden.shape[1], scale_rows, scale_columns,
@@ -172,7 +172,7 @@ def _columns(weight: torch.Tensor, tile: Tile) -> int:
     return tile.k // 8 if weight.dtype == torch.int32 else tile.k
 
 
-def _scale_shape(layer: LayerConfig, scale: torch.Tensor, parts: int) -> tuple[int, int]:
+def scale_shape(layer: LayerConfig, scale: torch.Tensor, parts: int) -> tuple[int, int]:
     """Rows of scales that one part (gate, up or down) has, and columns."""
     if layer.format == Bf16Weights.name:
         return 0, 0

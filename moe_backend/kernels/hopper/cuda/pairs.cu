@@ -2,13 +2,14 @@
 //
 // Slots are sorted by expert and their activations lie in that order, so that the accelerator brings tokens as well
 // as weights. `list` says which experts were hit and where their positions begin and end. The first GEMM (GATED)
-// makes hidden columns, with FP8 quantised per ROWS of them; the second the experts' outputs before the routing weights, and if
-// LONE, of tokens with one slot here, the sums themselves.
+// makes hidden columns, with FP8 quantised per ROWS of them; the second the experts' outputs before the routing
+// weights, and if LONE, of tokens with one slot here, the sums themselves.
 //
 // Pairs. With full tiles the time goes by what L2 gives: a step of 128 tokens and 256 weight rows is 48 KB for 1,024
-// cycles of MMAs in either format, twice what L2 has for each multiprocessor. So two blocks on neighbouring multiprocessors, a
-// cluster, work side by side and bring what both need once, each a half of it to both: two tiles of an expert's
-// tokens share the weights; the tile that is left, or the only one, is shared by two blocks of weight rows.
+// cycles of MMAs in either format, twice what L2 has for each multiprocessor. So two blocks on neighbouring
+// multiprocessors, a cluster, work side by side and bring what both need once, each a half of it to both: two tiles
+// of an expert's tokens share the weights; the tile that is left, or the only one, is shared by two blocks of weight
+// rows.
 //
 // An item is, for one block, up to 128 tokens with 256 weight rows in two chunks of 128: of the first GEMM 64 gate
 // and 64 up rows each, so that a thread has both of a hidden column. Items are dealt out in turn.
