@@ -49,7 +49,7 @@ demo: install ## serve the small example model on the CPU and ask it something
 	@$(PY) examples/simple_inference.py $(DEMO_ARGS)
 
 test: lint typecheck ## lint, type-check and run the tests
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs gcc)
 	$(PY) -m pytest -m emulate $(PYTEST_ARGS)

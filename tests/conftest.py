@@ -19,6 +19,10 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny_step" / "checkpoint"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that serve models take minutes: dealt out first, so that at the end no worker waits for
+    # another (the Makefile keeps xdist from sorting files by their number of tests).
+    served = {item.path for item in items if "e2e" in item.keywords}
+    items.sort(key=lambda item: item.path not in served)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; none is visible to torch here")
