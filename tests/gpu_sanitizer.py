@@ -149,7 +149,7 @@ def run_set() -> int:
                 for tokens in COUNTS:
                     p = routed(problem, tokens)
                     given = p.x, p.topk_weights, p.topk_ids, p.expert_map
-                    for choice in (tiles.tiles(p.layer, tokens), tiles.Pairs(tiles.PAIRS_STAGES)):
+                    for choice in (tiles.tiles(p.layer, tokens), tiles.pairs(p.layer)):
                         calls += 1
                         hopper.run(p.layer, tensors, *given, choice)
     torch.cuda.synchronize()

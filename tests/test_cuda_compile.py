@@ -69,12 +69,12 @@ def kernels_of(monkeypatch):
     return find
 
 
-def local_memory(source, constants, *more):
-    """Bytes of a thread's stack and of spills of a source's kernels, by the compiler's words."""
+def compiled(source, constants, *more):
+    """Bytes of a thread's stack and of spills of a source's kernels; and the compiler's words."""
     _, words = build._compile(source, [*build._options(constants), "--ptxas-options=-v", *more])
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", words)
     assert found
-    return max(int(number) for numbers in found for number in numbers)
+    return max(int(number) for numbers in found for number in numbers), words
 
 
 # With NVFP4 a thread has two words more than its 80 registers hold (NVRTC 13.0).
@@ -86,8 +86,7 @@ FLOWS = {
 }
 ONCE, FLOW = ["moe_once"], ["route", "flow", "combine"]
 SPREAD = ["count", "sort", "spread"]
-PAIRS = [*SPREAD, "pairs", "pairs", "combine"]
-PAIRS_NVFP4 = [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
+PAIRS_FP8, PAIRS_NVFP4 = ([*SPREAD, gemm, gemm, "combine"] for gemm in ("pairs_fp8", "pairs_nvfp4"))
 
 
 @compiles
@@ -102,12 +101,11 @@ PAIRS_NVFP4 = [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
         ("step-3.5-tp8-even", 64, FLOW),
         ("step-3.5-tp8-even", 1024, FLOW),
         ("step-3.5-tp8-even", 4096, ["count", *FLOW]),
-        ("step-3.5-ep8", 4096, PAIRS),
+        ("step-3.5-ep8", 4096, PAIRS_FP8),
         ("step-3.5-tp4-even", 4096, ["count", *FLOW]),
         ("deepseek-v4-flash-ep8", 8, ONCE),
         ("deepseek-v4-flash-ep8", 64, FLOW),
         ("deepseek-v4-flash-ep8", 1024, FLOW),
-        ("deepseek-v4-flash-ep8", 4096, PAIRS_NVFP4),
         ("deepseek-v4-flash-tp1", 16384, PAIRS_NVFP4),
         ("minimax-m3-ep4", 8, ONCE),
     ],
@@ -116,7 +114,7 @@ def test_registers_hold_everything(kernels_of, name, tokens, names):
     found = kernels_of(name, tokens, tiles.choose(SHAPES[name].layer(), tokens))
     assert [one.name for one in found] == names
     for one in found:
-        assert local_memory(one.source, one.constants) <= SPILLED.get(name, 0)
+        assert compiled(one.source, one.constants)[0] <= SPILLED.get(name, 0)
 
 
 @compiles
@@ -127,7 +125,7 @@ def test_what_the_host_code_takes_compiles(kernels_of, name):
     choices = [Once(blocks) for blocks in (1, 2, 4)]
     if layer.format != "bf16":
         choices += [tiles.flow(layer, *tile) for tile in FLOWS[layer.format]]
-    choices.append(Pairs(4))
+    choices.append(tiles.pairs(layer))
     taken = [choice for choice in choices if methods.sound(layer, 1, choice)]
     assert taken
     for choice in taken:
@@ -152,13 +150,14 @@ def test_pairs_hold_their_sums_in_registers(kernels_of, name, kind):
     """Shards off the block grid have sub-steps of 64 and of 32 columns, those of NVFP4 copies in
     fours. MMAs with codes do not wait for each other either.
     """
-    for one in kernels_of(name, 4096, Pairs(4)):
-        if "ACTIVATION" in dict(one.constants):
-            one = one._replace(
-                constants=tuple((dict(one.constants) | {"ACTIVATION": kind}).items())
-            )
-        assert local_memory(one.source, one.constants) == 0
-        _, words = build._compile(one.source, build._options(one.constants))
+    for one in kernels_of(name, 4096, tiles.pairs(SHAPES[name].layer())):
+        constants = dict(one.constants)
+        if kind and not constants.get("GATED"):
+            continue  # without an activation
+        if "ACTIVATION" in constants:
+            constants["ACTIVATION"] = kind
+        spilled, words = compiled(one.source, constants.items())
+        assert spilled == 0
         assert "serialized" not in words
 
 
@@ -168,8 +167,8 @@ def test_mmas_with_codes_do_not_wait_for_each_other(kernels_of, tile):
     """Nor do registers spill: the next operands are decoded while the tensor cores multiply."""
     name = "deepseek-v4-flash-ep8"
     for one in kernels_of(name, 64, tiles.flow(SHAPES[name].layer(), *tile)):
-        assert local_memory(one.source, one.constants) == 0
-        _, words = build._compile(one.source, build._options(one.constants))
+        spilled, words = compiled(one.source, one.constants)
+        assert spilled == 0
         assert "serialized" not in words
 
 
@@ -191,7 +190,7 @@ def test_what_registers_do_not_hold_is_seen(source):
         "  to[threadIdx.x] = some[to[threadIdx.x] & 31];\n"
         "}\n"
     )
-    assert local_memory(source, {"FACTOR": 99}.items()) == 32 * 4
+    assert compiled(source, {"FACTOR": 99}.items())[0] == 32 * 4
 
 
 # --- Launches -------------------------------------------------------------------------------------
@@ -495,10 +494,15 @@ def test_pairs_have_as_many_stages_as_fit():
         methods.check(many, 16384, Pairs(stages))
 
 
-def test_the_list_of_experts_descends_for_pairs_of_nvfp4_alone(kernels_of):
-    for name, wanted in (("deepseek-v4-flash-ep8", 1), ("step-3.5-ep8", 0)):
-        (sort,) = [one for one in kernels_of(name, 4096, Pairs(4)) if one.name == "sort"]
-        assert dict(sort.constants)["DESCENDING"] == wanted
+def test_experts_are_listed_by_their_items_where_weights_are_first(kernels_of):
+    for name, wanted in (("deepseek-v4-flash-ep8", 128), ("minimax-m3", 192), ("step-3.5-ep8", 0)):
+        (sort, gemm) = (
+            next(
+                dict(one.constants) for one in kernels_of(name, 4096, Pairs(3)) if name_ in one.name
+            )
+            for name_ in ("sort", "pairs")
+        )
+        assert sort["TILE"] == gemm.get("TILE", 0) == wanted
 
 
 def test_gemms_are_interleaved_where_hidden_columns_are_one_item(kernels_of):
@@ -520,7 +524,9 @@ def test_gemms_are_interleaved_where_hidden_columns_are_one_item(kernels_of):
 def test_sums_of_lone_slots_come_from_the_gemm_where_experts_are_spread(kernels_of):
     for name, wanted in (("step-3.5-ep8", 1), ("step-3.5-tp1", 0)):
         last = dict(kernels_of(name, 4096, Pairs(4))[-1].constants)
-        _, gemm = [dict(k.constants) for k in kernels_of(name, 4096, Pairs(4)) if k.name == "pairs"]
+        _, gemm = [
+            dict(k.constants) for k in kernels_of(name, 4096, Pairs(4)) if k.name == "pairs_fp8"
+        ]
         assert last["LONE"] == gemm["LONE"] == wanted
 
 

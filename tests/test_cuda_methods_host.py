@@ -168,7 +168,7 @@ def test_pairs(launches, layout, blocks):
         difference(outputs[0], expected(problem, (128, group))).rel_l2 for group in (128, 64)
     )
     assert said < other  # hidden columns have a scale for 128
-    assert launches == 2 * [*SPREAD, "pairs", "pairs", "combine"]
+    assert launches == 2 * [*SPREAD, "pairs_fp8", "pairs_fp8", "combine"]
     assert torch.equal(*outputs)
 
 
@@ -179,10 +179,10 @@ def test_pairs(launches, layout, blocks):
         ("nvfp4", "ep", (256, 512), 90, (3, 2), 1),  # an odd block of output rows
         ("nvfp4", "dropped", (768, 192), 200, (4, 3), 2),  # hidden columns are padded to 256
         ("nvfp4", "unsharded", (256, 320), 40, (4, 4), 3),
-        ("bf16", "unsharded", (512, 256), 330, (3, 4), 0),
+        ("bf16", "unsharded", (512, 256), 430, (3, 2), 0),
         ("bf16", "ep", (288, 160), 90, (3, 2), 1),  # last steps and blocks of rows are not full
-        ("bf16", "dropped", (768, 320), 200, (4, 3), 2),
-        ("bf16", "unsharded", (256, 64), 40, (4, 4), 3),
+        ("bf16", "dropped", (768, 320), 200, (2, 3), 2),
+        ("bf16", "unsharded", (264, 72), 40, (3, 3), 3),
     ],
 )
 def test_pairs_of_nvfp4_and_bf16(
@@ -197,21 +197,21 @@ def test_pairs_of_nvfp4_and_bf16(
         )
     )  # fmt: skip
     outputs = [check(problem, Pairs(n)) for n in stages]  # with other seeds
-    gemm = "pairs_nvfp4" if name == "nvfp4" else "pairs"
-    assert launches == 2 * [*SPREAD, gemm, gemm, "combine"]
+    assert launches == 2 * [*SPREAD, f"pairs_{name}", f"pairs_{name}", "combine"]
     assert torch.equal(*outputs)
 
 
-def test_targets_of_several_items_of_a_block(launches, monkeypatch):
-    """Two blocks have all of an NVFP4 layer."""
+@pytest.mark.parametrize("name", ["nvfp4", "bf16"])
+def test_targets_of_several_items_of_a_block(launches, monkeypatch, name):
+    """Two blocks have all of a layer."""
     monkeypatch.setattr(pairs, "multiprocessors", lambda device: 2)
     problem = build(
         Case(
-            "nvfp4", STEP, hidden_size=512, intermediate_size=256, layout="ep", tokens=500,
+            name, STEP, hidden_size=512, intermediate_size=256, layout="ep", tokens=500,
             num_experts=4,
         )
     )  # fmt: skip
-    outputs = [check(problem, Pairs(4)) for _ in range(2)]  # with other seeds
+    outputs = [check(problem, tiles.pairs(problem.layer)) for _ in range(2)]  # with other seeds
     assert torch.equal(*outputs)
 
 
@@ -229,7 +229,8 @@ def test_pairs_of_spread_experts(launches, more):
 
 @pytest.mark.parametrize("name", ["fp8_block", "nvfp4", "bf16"])
 def test_pairs_with_routing_weights_on_the_input(launches, name):
-    problem, choice = weights_on_input(name), Pairs(4)
+    problem = weights_on_input(name)
+    choice = tiles.pairs(problem.layer)
     given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map
     out = kernel.run(problem.layer, problem.weights.tensors(), *given, choice)
     weighed = problem.x.float() * problem.topk_weights
@@ -238,16 +239,22 @@ def test_pairs_with_routing_weights_on_the_input(launches, name):
     assert found.within(2e-2), found
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 33, 57, 65, 72, 112, 121, 128, 129])
-def test_pairs_of_nvfp4_with_full_and_nearly_full_mmas(launches, tokens):
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        *(("nvfp4", tokens) for tokens in (1, 16, 33, 57, 65, 72, 112, 121, 128, 129)),
+        *(("bf16", tokens) for tokens in (1, 16, 49, 72, 113, 128, 129, 145, 192, 193)),
+    ],
+)
+def test_pairs_with_full_and_nearly_full_mmas(launches, name, tokens):
     """Both experts get all tokens."""
     problem = build(
         Case(
-            "nvfp4", STEP, hidden_size=256, intermediate_size=256, tokens=tokens, num_experts=2,
+            name, STEP, hidden_size=256, intermediate_size=256, tokens=tokens, num_experts=2,
             top_k=2,
         )
     )  # fmt: skip
-    check(problem, Pairs(4))
+    check(problem, tiles.pairs(problem.layer))
 
 
 def test_flow_of_what_lies_askew(launches):

@@ -16,15 +16,16 @@ from triton.runtime.jit import JITFunction
 
 from moe_backend.kernels.cuda import launch
 from moe_backend.kernels.hopper import few, flow, kernel, once, pairs, tiled, tiles
-from moe_backend.kernels.hopper.tiles import Once, Pairs
+from moe_backend.kernels.hopper.tiles import Once
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 
 TILED = ["route_kernel", "gate_up_kernel", "down_kernel", "sum_kernel"]
 FLOW = ["route", "flow", "combine"]
 SPREAD = ["count", "sort", "spread"]
-PAIRS = [*SPREAD, "pairs", "pairs", "combine"]
-PAIRS_NVFP4 = [*SPREAD, "pairs_nvfp4", "pairs_nvfp4", "combine"]
-CUDA = ("moe_once", *FLOW, *PAIRS)
+PAIRS_FP8, PAIRS_NVFP4, PAIRS_BF16 = (
+    [*SPREAD, gemm, gemm, "combine"] for gemm in ("pairs_fp8", "pairs_nvfp4", "pairs_bf16")
+)
+CUDA = ("moe_once", *FLOW, *PAIRS_FP8)
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def launches(monkeypatch):
     [
         ("fp8_block", lambda layer: tiles.few(layer, 7), ["gate_up_kernel", "down_kernel"]),
         ("fp8_block", lambda layer: tiles.tiles(layer, 7), TILED),
-        ("fp8_block", lambda layer: Pairs(4), PAIRS),
-        ("nvfp4", lambda layer: Pairs(4), PAIRS_NVFP4),
-        ("bf16", lambda layer: Pairs(4), PAIRS),
+        ("fp8_block", tiles.pairs, PAIRS_FP8),
+        ("nvfp4", tiles.pairs, PAIRS_NVFP4),
+        ("bf16", tiles.pairs, PAIRS_BF16),
         ("fp8_block", lambda layer: Once(1), ["moe_once"]),
         ("fp8_block", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),
         ("nvfp4", lambda layer: tiles.flow(layer, 8, 2, 2), FLOW),

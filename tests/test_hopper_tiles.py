@@ -20,6 +20,7 @@ from moe_backend.kernels.hopper.tiles import (
     Tile,
     choose,
     few,
+    pairs,
     tiles,
 )
 from moe_backend.kernels.registry import Selection
@@ -91,10 +92,12 @@ CODES = layer("nvfp4", 1280)
 )
 def test_pairs_refuse_what_they_are_not_written_for(refused, said, monkeypatch):
     monkeypatch.setattr(cuda_build, "missing", lambda: None)
-    for one in (PAIRS, CODES, layer("bf16", 1288)):
-        methods.check(one, 4096, Pairs(4))
+    for one, stages in ((PAIRS, 4), (CODES, 4), (layer("bf16", 1288), 3)):
+        methods.check(one, 4096, Pairs(stages))
+        with pytest.raises(ValueError, match="stages"):
+            methods.check(one, 4096, Pairs(stages + 1))
     with pytest.raises(ValueError, match=said):
-        methods.check(refused, 4096, Pairs(4))
+        methods.check(refused, 4096, pairs(refused))
     assert not isinstance(choose(refused, 16384), Pairs)
 
 

@@ -40,7 +40,7 @@ class Case:
     chunks: int = 0  # that a launch of its own counts
     pieces: int = 1  # of 256 columns
     sorted: bool = False  # tokens go to the positions of their slots
-    descending: bool = False  # the list: experts with more slots first
+    tile: int = 0  # tokens of an item at most; the list: experts with larger items first
 
 
 CASES = {
@@ -61,10 +61,13 @@ CASES = {
     "reordered": Case(20, 4, 12, 5, 512, 3, quantised=False),
     "reordered long": Case(3, 2, 4, 4, 4352, 2, mapped=False, quantised=False),
     "reordered and sorted": Case(
-        20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4, descending=True
+        20, 4, 12, 5, 1280, 3, quantised=False, chunks=3, sorted=True, pieces=4, tile=8
     ),
-    "many in descending order": Case(
-        90, 2, 600, 600, 64, 30, mapped=False, chunks=2, sorted=True, pieces=4, descending=True
+    "many by their items": Case(
+        90, 2, 600, 600, 64, 30, mapped=False, chunks=2, sorted=True, pieces=4, tile=128
+    ),
+    "by items of several tiles": Case(
+        150, 3, 9, 9, 64, 30, mapped=False, chunks=2, sorted=True, pieces=4, tile=48
     ),
     "sorted rounds": Case(150, 8, 20, 3, 64, 140, chunks=2, sorted=True),
     "sorted, many slots": Case(6, 40, 64, 2, 1088, 4, chunks=2, sorted=True, pieces=2),
@@ -88,6 +91,11 @@ def ids_of(case: Case) -> torch.Tensor:
     return ids.long() if case.long_ids else ids.int()
 
 
+def share(tokens: int, most: int) -> int:
+    """Tokens of an item, where an expert's are split evenly, in eights."""
+    return 8 * cdiv(tokens, 8 * cdiv(tokens, most))
+
+
 def sorted_slots(case: Case, ids: torch.Tensor, expert_map: torch.Tensor) -> tuple[list[int], list]:
     """Position of each slot, and of each expert hit its number, first and end position."""
     known = [expert_map[id].item() if 0 <= id < case.experts else -1 for id in ids.flatten()]
@@ -99,8 +107,8 @@ def sorted_slots(case: Case, ids: torch.Tensor, expert_map: torch.Tensor) -> tup
         if own:
             rows.append([expert, start, start + len(own)])
         start += cdiv(len(own), 4) * 4
-    if case.descending:
-        rows.sort(key=lambda row: row[1] - row[2])  # of equal ones the first stays first
+    if case.tile:  # of equal ones the first stays first
+        rows.sort(key=lambda row: -share(row[2] - row[1], case.tile))
     return position, rows
 
 
@@ -168,7 +176,7 @@ def test_route(name: str, seed: int) -> None:
     if case.sorted:
         launch(
             "sort", blocks + 1, THREADS, shared,
-            slots | on_input | {"DESCENDING": int(case.descending), "LONE": 1},
+            slots | on_input | {"TILE": case.tile, "LONE": 1},
             [ids, expert_map, weights, position, targets, listed, counts, t, case.each, each_chunk],
         )  # fmt: skip
         launch(

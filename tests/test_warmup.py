@@ -59,9 +59,9 @@ def test_nothing_compiles_after_the_warm_up(counts, kernel, name):
     assert report.left == ()
     assert counts.launched
     if kernel.name == "hopper":
-        in_cuda = {"moe_once", "pairs" if name == "bf16" else "flow"}
-        assert {"moe_once", "flow", "pairs"} & set(counts.launched) == in_cuda
-        assert {"moe_once", "flow", "pairs"} & set(counts.compiled) == in_cuda
+        in_cuda = {"moe_once", "pairs_bf16" if name == "bf16" else "flow"}
+        assert {"moe_once", "flow", "pairs_bf16"} & set(counts.launched) == in_cuda
+        assert {"moe_once", "flow", "pairs_bf16"} & set(counts.compiled) == in_cuda
     before = len(counts.compiled)
     for tokens in (1, 2, 3, 7, 8, 16, 17, 31, 64, 100, 129, 512, 1000, 1234, 1999, 2000):
         call(kernel, p, tokens)()

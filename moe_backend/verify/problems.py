@@ -17,7 +17,7 @@ from moe_backend.formats import (
     fp8_block,
     nvfp4,
 )
-from moe_backend.formats.fp8_block import Block, by
+from moe_backend.formats.fp8_block import Block, by, cdiv
 from moe_backend.kernels.registry import LayerConfig
 from moe_backend.verify.naive import naive_experts
 
@@ -146,9 +146,9 @@ def build(case: Case, seed: int = 0) -> Problem:
     else:
         w13 = torch.randn(local, 2 * i, h, generator=g) / h**0.5 * 3
         # Rows and columns of very different size: a scale read from a neighbour shows.
-        w13 *= _steps(local, 2 * i // 32, 1, g).repeat_interleave(32, 1)
+        w13 *= _steps(local, cdiv(2 * i, 32), 1, g).repeat_interleave(32, 1)[:, : 2 * i]
         w2 = torch.randn(local, h, i, generator=g) / i**0.5
-        w2 *= _steps(local, 1, i // 32, g).repeat_interleave(32, 2)
+        w2 *= _steps(local, 1, cdiv(i, 32), g).repeat_interleave(32, 2)[..., :i]
         x = torch.randn(t, h, generator=g)
         topk_weights = torch.rand(t, case.top_k, generator=g) + 0.1
         topk_weights = topk_weights / topk_weights.sum(1, keepdim=True) * 3.0

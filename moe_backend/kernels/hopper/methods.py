@@ -375,7 +375,7 @@ _FLOW = Method(
 _PAIRS = Method(
     kind=Pairs,
     check=lambda layer, tokens, choice: pairs.check(layer, choice),
-    ladders={"stages": (2, 3, tiles.PAIRS_STAGES)},
+    ladders={"stages": (2, 3, 4)},
     settle=lambda layer, choice: choice,
     here=lambda choice: build.missing() is None,
 )

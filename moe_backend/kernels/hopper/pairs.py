@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
+from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
 from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
@@ -22,6 +22,7 @@ from moe_backend.kernels.hopper.route import (
 )
 from moe_backend.kernels.hopper.tiled import multiprocessors, scale_shape
 from moe_backend.kernels.hopper.tiles import (
+    PAIRS_TOKENS,
     SHARED_BYTES,
     Pairs,
     pairs_code_stages,
@@ -29,13 +30,18 @@ from moe_backend.kernels.hopper.tiles import (
     require,
 )
 from moe_backend.kernels.registry import LayerConfig
-from moe_backend.kernels.triton.kernel import ACTIVATIONS, FORMATS, unpack
+from moe_backend.kernels.triton.kernel import ACTIVATIONS, unpack
 
 FOLDER = Path(__file__).parent / "cuda"
 THREADS = 384
 GROUP = 128  # hidden columns that share a scale
-# Rows of a copy: of weights, and of tokens in either kernel.
-WEIGHT_BOX, TOKEN_BOX, NVFP4_BOX = 64, 64, 16
+KERNELS = {
+    Bf16Weights.name: "pairs_bf16",
+    Fp8BlockWeights.name: "pairs_fp8",
+    Nvfp4Weights.name: "pairs_nvfp4",
+}
+# Rows of a copy: with FP8, of NVFP4's w2, of tokens of the other formats, and of bf16's weights.
+FP8_BOX, W2_BOX, TOKEN_BOX, BF16_ROWS = 64, 64, 16, 256
 Arguments = tuple[list[Any], list[Any]]  # of the first and of the second GEMM's launch
 
 
@@ -74,8 +80,7 @@ def run(
     to = Spread(operand, scale, position, targets, experts, count)
     spread(layer, x, weights, ids, expert_map, to, sms, positions)
     between = Between(operand, scale, experts, hidden, hidden_scale, partial)
-    arguments = _nvfp4_arguments if nvfp4 else _tokens_first_arguments
-    given = arguments(layer, tensors, between, positions)
+    given = ARGUMENTS[layer.format](layer, tensors, between, positions)
     alone = lone_slots(layer, expert_map)
     for kernel, its in zip(_kernels(layer, choice, alone), given, strict=True):
         launch(kernel, sms // 2 * 2, THREADS, [*its, targets, out])
@@ -95,21 +100,37 @@ class Between(NamedTuple):
     partial: Memory
 
 
-def _tokens_first_arguments(
+def _fp8_arguments(
     layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
 ) -> Arguments:
-    """Of FP8, and of bf16, which has no scales."""
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     operand, scale, experts, hidden, hidden_scale, partial = between
-    constants, wide = _constants(layer), w13.element_size()
+    constants = _constants(layer)
     return (
-        [rows_of(operand, positions, wide * h, TOKEN_BOX), _matrices(w13, 2 * e, i, wide * h),
-         scale, w13_scale, experts, hidden, hidden_scale, *constants, i, h, positions,
+        [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h, FP8_BOX), scale,
+         w13_scale, experts, hidden, hidden_scale, *constants, i, h, positions,
          *scale_shape(layer, w13_scale, 2)],
-        [rows_of(hidden, positions, wide * i, TOKEN_BOX), _matrices(w2, e, h, wide * i),
-         hidden_scale, w2_scale, experts, partial, hidden_scale, *constants, h, i, positions,
+        [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i, FP8_BOX), hidden_scale,
+         w2_scale, experts, partial, hidden_scale, *constants, h, i, positions,
          *scale_shape(layer, w2_scale, 1)],
+    )  # fmt: skip
+
+
+def _bf16_arguments(
+    layer: LayerConfig, tensors: list[torch.Tensor | None], between: Between, positions: int
+) -> Arguments:
+    e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    w13, _, _, w2, _, _ = unpack(layer, tensors)
+    operand, _, experts, hidden, _, partial = between
+    constants, row = _constants(layer), 2 * h
+    # Of an item's 128 hidden columns eight gate and eight up rows in turn.
+    strides = row, i * row, 8 * row, 2 * i * row
+    gate_up = TensorMap(w13, (row, 8, 2, i // 8, e), strides, (128, 8, 2, BF16_ROWS // 16, 1))
+    return (
+        [rows_of(operand, positions, row, TOKEN_BOX), gate_up, experts, hidden, *constants, i, h],
+        [rows_of(hidden, positions, 2 * i, TOKEN_BOX), _matrices(w2, e, h, 2 * i, BF16_ROWS),
+         experts, partial, *constants, h, i],
     )  # fmt: skip
 
 
@@ -121,13 +142,20 @@ def _nvfp4_arguments(
     operand, _, experts, hidden, _, partial = between
     constants, columns = _constants(layer), padded(i)
     return (
-        [rows_of(operand, positions, 2 * h, NVFP4_BOX), gate_up_codes(layer, w13), w13_scale,
+        [rows_of(operand, positions, 2 * h, TOKEN_BOX), gate_up_codes(layer, w13), w13_scale,
          w13_global, experts, hidden, *constants, columns, h, w13_scale.shape[1] // 2,
          w13_scale.shape[2]],
-        [rows_of(hidden, positions, 2 * columns, NVFP4_BOX),
-         rows_of(w2, e * h, i // 2, WEIGHT_BOX), w2_scale, w2_global, experts, partial, *constants,
+        [rows_of(hidden, positions, 2 * columns, TOKEN_BOX),
+         rows_of(w2, e * h, i // 2, W2_BOX), w2_scale, w2_global, experts, partial, *constants,
          h, columns, w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
+
+
+ARGUMENTS = {
+    Bf16Weights.name: _bf16_arguments,
+    Fp8BlockWeights.name: _fp8_arguments,
+    Nvfp4Weights.name: _nvfp4_arguments,
+}
 
 
 def _constants(layer: LayerConfig) -> tuple[float, float, float]:
@@ -140,21 +168,20 @@ def _constants(layer: LayerConfig) -> tuple[float, float, float]:
 def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     """Of the first and of the second GEMM; whether outputs have targets."""
     check(layer, choice)
-    nvfp4 = layer.format == Nvfp4Weights.name
-    name = "pairs_nvfp4" if nvfp4 else "pairs"
+    name = KERNELS[layer.format]
     constants = {
         "EXPERTS": layer.num_local_experts,
         "STAGES": choice.stages,
         "ACTIVATION": ACTIVATIONS[layer.activation.kind],
         "SHARED_BYTES": SHARED_BYTES,
     }
-    if nvfp4:
+    if layer.format in PAIRS_TOKENS:
+        constants["TILE"] = PAIRS_TOKENS[layer.format]
+    if layer.format == Nvfp4Weights.name:
         constants |= {
             "CODES": pairs_code_stages(layer, choice),
             "PADDED": int(layer.intermediate_size != padded(layer.intermediate_size)),
         }
-    else:
-        constants["FORMAT"] = FORMATS[layer.format]
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
         own = {"GATED": gated, "LONE": int(lone and not gated)}
@@ -166,9 +193,9 @@ def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     return kernels
 
 
-def _matrices(weights: torch.Tensor, count: int, rows: int, width: int) -> TensorMap:
+def _matrices(weights: torch.Tensor, count: int, rows: int, width: int, box: int) -> TensorMap:
     """Of several matrices of rows of so many bytes, boxes that end with their own matrix."""
-    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, WEIGHT_BOX, 1))
+    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, box, 1))
 
 
 def check(layer: LayerConfig, choice: Pairs) -> None:

@@ -11,6 +11,7 @@ import torch
 from moe_backend.formats import Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, launch
+from moe_backend.kernels.hopper.tiles import PAIRS_TOKENS
 from moe_backend.kernels.registry import LayerConfig
 
 FOLDER = Path(__file__).parent / "cuda"
@@ -59,8 +60,8 @@ class Spread(NamedTuple):
         operand, scale: `[positions, H]` and `[H / 128, positions]`.
         targets: (int32, fp32) `[positions]`, if `lone_slots`: the token, if it has no other slot
             here, and its routing weight; else -1 and 1.
-        experts: of `pairs_nvfp4.cu`, with up to ROUTE_THREADS of them, in descending order of
-            their slots.
+        experts: but of FP8, with up to ROUTE_THREADS of them, those whose items have more tokens
+            first.
     """
 
     operand: Memory
@@ -244,11 +245,11 @@ def _route(layer: LayerConfig, slots: Constants, counted: bool) -> Kernel:
 
 @lru_cache
 def _sort(layer: LayerConfig, slots: Constants, lone: bool) -> Kernel:
-    nvfp4 = layer.format == Nvfp4Weights.name
+    # A thread counts how many come before each of its experts, which takes long for many.
+    few = layer.num_local_experts <= ROUTE_THREADS
     more = {
         "CHUNKS": CHUNKS,
-        # A thread counts how many have more for each of its experts, which takes long for many.
-        "DESCENDING": int(nvfp4 and layer.num_local_experts <= ROUTE_THREADS),
+        "TILE": PAIRS_TOKENS.get(layer.format, 0) if few else 0,
         "LONE": int(lone),
         "WEIGHT_ON_INPUT": int(layer.apply_router_weight_on_input),
     }

@@ -189,10 +189,12 @@ FLOW_NARROW = 384
 FLOW_NARROW_NVFP4, FLOW_SLOTS_NVFP4 = 256, 128
 FLOW_MOST_SLOTS = 1 << 17  # of a call
 # Slots per expert from which sorted tokens win where weights do not flow (with bf16 measured at 32,
-# where tiles are as fast, and at 64, where they take 1.16 to 1.2 times as long); and the most steps
-# that shared memory holds where pairs of blocks share what they read.
+# where tiles are faster by a fiftieth, and at 64, where they take 1.16 to 1.2 times as long).
 MANY, MANY_BF16 = 14, 48
-PAIRS_STAGES = 4
+# Where pairs of blocks share what they read: the most steps that shared memory holds, and tokens of
+# an item of weights first.
+PAIRS_STAGES = {Fp8BlockWeights.name: 4, Nvfp4Weights.name: 4, Bf16Weights.name: 3}
+PAIRS_TOKENS = {Nvfp4Weights.name: 128, Bf16Weights.name: 192}
 
 
 def choose(layer: LayerConfig, tokens: int) -> Choice:
@@ -358,9 +360,9 @@ def flow_needs(layer: LayerConfig, choice: Flow) -> list[tuple[bool, str]]:
 def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
     """The same for `pairs.py`."""
     sizes = layer.hidden_size, layer.intermediate_size
-    fits = 2 <= choice.stages <= PAIRS_STAGES
+    most = PAIRS_STAGES[layer.format]
     needs = [
-        (fits, f"2 to {PAIRS_STAGES} stages, which fit into shared memory"),
+        (2 <= choice.stages <= most, f"2 to {most} stages, which fit into shared memory"),
         (layer.top_k <= MOST_TOP_K, f"at most {MOST_TOP_K} slots of a token"),
     ]
     if layer.format == Nvfp4Weights.name:
@@ -387,7 +389,7 @@ def pairs_needs(layer: LayerConfig, choice: Pairs) -> list[tuple[bool, str]]:
 
 def pairs(layer: LayerConfig) -> Pairs:
     """As many stages as fit: fewer than the most with NVFP4 and very many experts."""
-    stages = PAIRS_STAGES
+    stages = PAIRS_STAGES[layer.format]
     if layer.format == Nvfp4Weights.name:
         while stages > 2 and pairs_code_stages(layer, Pairs(stages)) < 2:
             stages -= 1
@@ -397,7 +399,7 @@ def pairs(layer: LayerConfig) -> Pairs:
 def pairs_code_stages(layer: LayerConfig, choice: Pairs) -> int:
     """Steps of NVFP4 codes that fit beside the tokens; `cuda/pairs_nvfp4_shared.cuh` is exact."""
     staging, hits = 2 * (8192 + 1024), 16 * (layer.num_local_experts + 1)
-    tokens = choice.stages * (128 * 256 + 64)
+    tokens = choice.stages * (PAIRS_TOKENS[layer.format] * 256 + 64)
     return (SHARED_BYTES - 512 - staging - hits - tokens) // (4 * (8192 + 1024) + 16)
 
 

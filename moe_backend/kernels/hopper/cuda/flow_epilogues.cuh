@@ -13,5 +13,5 @@ DEVICE void store_rows(const Layer& layer, Shared& shared, const Item& item,
                        const float (&sums)[BLOCKS][N / 2], const Place& place) {
     store_outputs<N, BLOCKS, TURNED, false>(sums, shared.staging + place.group * BLOCKS * TURNED * 128,
                                             {layer.partial, layer.H, {}, nullptr, nullptr}, item.start, item.block * ROWS,
-                                            item.tokens, place.group, WARP_GROUPS, item.parts, place);
+                                            item.tokens, place.group, WARP_GROUPS, item.parts, place.eight(), place);
 }

@@ -10,18 +10,23 @@ struct Place {
 
     DEVICE int row() const { return lane / 4; }
     DEVICE int column() const { return lane % 4 * 2; }
+    // Which eight of a part's rows those are whose token a lane stores with `store_transposed`.
+    DEVICE int eight() const { return 2 * warp + (lane >> 3 & 1); }
 };
 
 // Where outputs go.
 struct Outputs {
     u16* partial;  // `[positions, H]` bf16
     int H;
-    // With targets: the thread's, of as many tokens as a warp group has threads; room for these in shared memory; and the
-    // sums, `[tokens, H]` bf16, which they are rows of.
-    Target own;
+    // With targets: the thread's, of every 128th token; room for these in shared memory; and the sums, `[tokens, H]` bf16,
+    // which they are rows of.
+    const Target* own;
     Target* targets;
     u16* sums;
 };
+
+// Targets that a thread of a warp group has, of so many tokens; room for them all is needed, in 128s.
+DEVICE constexpr int targets_of(int tokens) { return (tokens + 127) / 128; }
 
 // Eight bf16 numbers with a weight.
 DEVICE uint4 weighted(const uint4& row, float weight) {
@@ -36,15 +41,15 @@ DEVICE uint4 weighted(const uint4& row, float weight) {
 // around in shared memory, TURNED tokens at once, so that a thread stores 16 bytes.
 //
 // turned: COUNT * TURNED * 128 bytes; outputs: the item's from first_row and first_column on, with AIMED those that have a
-// target there; parts: that there are.
+// target there; parts: that there are, for a thread's eight of their columns; eight: which of 64 results a lane has.
 template <int N, int COUNT, int TURNED, bool AIMED>
 DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const Outputs& outputs, int first_row,
-                          int first_column, int item_tokens, int part, int apart, int parts, const Place& place) {
+                          int first_column, int item_tokens, int part, int apart, int parts, int eight, const Place& place) {
     constexpr int PART = TURNED * 128;
     // Of a token's 64 outputs, eight pieces of 16 bytes, which change places with the token: against
     // bank conflicts.
-    const int piece = 2 * place.warp + (place.lane >> 3 & 1), token = place.lane & 7;
-    u8* row = turned + token * 128 + (piece ^ token) * 16;
+    const int token = place.lane & 7;
+    u8* row = turned + token * 128 + (eight ^ token) * 16;
     // What a thread stores: a piece of every 16th token.
     const int thread = 32 * place.warp + place.lane, n = thread >> 3, c = thread & 7;
     const u8* from = turned + n * 128 + (c ^ (n & 7)) * 16;
@@ -54,7 +59,10 @@ DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const O
     for (int first = 0; first < N; first += TURNED) {
         const int tokens = least(N - first, TURNED);
         named_sync(2 + place.group, 128);  // what was here before has been stored
-        if (AIMED && first == 0) outputs.targets[thread] = outputs.own;
+        if (AIMED && first == 0) {
+#pragma unroll
+            for (int i = 0; i < targets_of(N); i++) outputs.targets[128 * i + thread] = outputs.own[i];
+        }
 #pragma unroll
         for (int b = 0; b < COUNT; b++) {
 #pragma unroll

@@ -1,8 +1,17 @@
-// pairs.cu: FP8: a warp group's products and their scales.
+// pairs_fp8.cu: a warp group's products and their scales.
 #pragma once
 
-#include "pairs_shared.cuh"
+#include "pairs_fp8_shared.cuh"
 #include "wgmma.cuh"
+
+typedef float Sums[CHUNK / 2];  // of 64 tokens with a chunk's rows, a thread's
+
+// A warp has read all of a stage: both blocks may copy there.
+DEVICE void release(Shared& shared, int stage, const Place& place) {
+    fence_async_shared();  // what it read comes before others are copied there
+    __syncwarp();
+    if (place.lane < 2) barrier_arrive_at(&shared.empty[stage], place.lane);
+}
 
 // sums += products * scale of the weight row * scale of the token.
 DEVICE void add_scaled(Sums& sums, const Sums& products, const float* weights, float token, float token8) {

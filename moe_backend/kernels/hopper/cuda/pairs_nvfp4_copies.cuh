@@ -1,33 +1,8 @@
-// pairs_nvfp4.cu: the items that there are, and the warps that keep the rings filled.
+// pairs_nvfp4.cu: the warps that keep the rings filled.
 #pragma once
 
 #include "nvfp4_scales.cuh"
 #include "pairs_nvfp4_shared.cuh"
-
-// Items of an expert for a pair of blocks: tiles of its tokens, each with two blocks of weight rows at a time.
-DEVICE int items_of(int tokens, int blocks) { return ceil_div(tokens, TILE) * ceil_div(blocks, 2); }
-
-// The pair's nth item, as block `rank` of the pair sees it. Tiles that share weights follow each other.
-DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int n, int rank) {
-    Item item = {};
-    if (n >= shared.hits[count].before) return item;
-    const Hit hit = shared.hits[find_hit(shared.hits, count, n)];
-    const int tokens = hit.end - hit.start, tiles = ceil_div(tokens, TILE), inside = n - hit.before;
-    const int each = 8 * ceil_div(tokens, 8 * tiles);
-    item.block = inside / tiles * 2 + rank;
-    item.kind = item.block < layer.blocks() ? WORK : IDLE;
-    item.expert = hit.expert;
-    item.start = hit.start + inside % tiles * each;
-    item.tokens = min(each, hit.end - item.start);
-    return item;
-}
-
-// The nth item of a pair, of those that are dealt out in turn, there and back: the pair that is last in one round is
-// first in the next. With experts in descending order all get about as much.
-DEVICE int deal(int n) {
-    const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
-    return n * pairs + (n % 2 ? pairs - 1 - pair : pair);
-}
 
 // Tokens of all items. Of a step's four matrices of 64 columns a half needs one of even and one of odd columns:
 // `MATRIX_BYTES` each, of which each block of the pair brings one to both.
@@ -35,7 +10,7 @@ DEVICE void copy_tokens(const Layer& layer, Shared& shared, int count) {
     const int lane = threadIdx.x % 32, rank = cluster_rank();
     Ring ring;
     for (int n = 0;; n++) {
-        const Item item = find_item(layer, shared, count, deal(n), rank);
+        const Item item = find_item(shared.hits, count, layer.blocks(), deal(n), rank);
         if (item.kind == END) break;
         const int boxes = ceil_div(item.tokens, BOX);
         for (int half = 0; half < 2 * layer.steps(); half++, ring.advance()) {
@@ -74,7 +49,7 @@ DEVICE void copy_codes(const Layer& layer, Shared& shared, int count) {
     const int lane = threadIdx.x % 32, rank = cluster_rank();
     CodeRing ring;
     for (int n = 0;; n++) {
-        const Item item = find_item(layer, shared, count, deal(n), rank);
+        const Item item = find_item(shared.hits, count, layer.blocks(), deal(n), rank);
         if (item.kind == END) break;
         if (item.kind == IDLE) continue;
         for (int k0 = 0; k0 < layer.depth; k0 += STEP, ring.advance()) {

@@ -65,7 +65,7 @@ DEVICE Target target_of(const Layer& layer, const Item& item, const Place& place
 template <int N>
 DEVICE void store_rows(const Layer& layer, Shared& shared, const Item& item, const float (&sums)[BLOCKS][N / 2],
                        const Target& target, const Place& place) {
-    const Outputs outputs = {layer.out, layer.rows, target, shared.targets[place.group], layer.sums};
+    const Outputs outputs = {layer.out, layer.rows, &target, shared.targets[place.group], layer.sums};
     store_outputs<N, BLOCKS, TURNED, LONE>(sums, shared.staging[place.group], outputs, item.start, item.block * ROWS,
-                                           item.tokens, BLOCKS * place.group, 1, PARTS, place);
+                                           item.tokens, BLOCKS * place.group, 1, PARTS, place.eight(), place);
 }

@@ -1,12 +1,12 @@
-// pairs_nvfp4.cu: its sizes, what an item is, what the layer is, and what is in shared memory.
+// pairs_nvfp4.cu: its sizes, what the layer is, and what is in shared memory.
 #pragma once
 
-#include "hits.cuh"
 #include "outputs.cuh"
+#include "pairs_items.cuh"
 
 constexpr int STEP = 256;                     // columns of K whose codes come together
 constexpr int LINE = 128;                     // bytes of a row in shared memory: 256 codes, or 64 bf16
-constexpr int TILE = 128, BOX = 16;           // tokens of a tile at most, and of a copy
+constexpr int BOX = 16;                       // tokens of a copy
 constexpr int BOX_BYTES = BOX * LINE;
 constexpr int MATRIX_BYTES = TILE * LINE;     // 64 columns of a tile's tokens; a half of a step has two such
 constexpr int WARP_GROUPS = 2, BLOCKS = 2;    // that multiply; parts of each
@@ -21,16 +21,6 @@ static_assert(TILE == 128, "a token for each thread of a warp group");
 constexpr int TURNED = 32;                    // tokens whose results are turned around at once
 constexpr int HIDDEN_BYTES = 64 * BLOCKS + 16;  // of a token, a warp group's; odd 16s, against bank conflicts
 constexpr int STAGING_BYTES = TURNED * (GATED ? HIDDEN_BYTES : BLOCKS * LINE);  // of a warp group
-
-enum { END = 0, WORK = 1, IDLE = 2 };
-
-struct alignas(16) Item {
-    int kind;    // END: there are no more; IDLE: only the other block of the pair has work
-    int expert;
-    int block;   // of hidden columns, or of output rows
-    int start;   // first position
-    int tokens;
-};
 
 typedef RingOf<CODES> CodeRing;
 

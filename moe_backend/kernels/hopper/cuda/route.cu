@@ -45,7 +45,7 @@ KERNEL void __launch_bounds__(THREADS, 2) route(
     const int blocks = gridDim.x - 1, block = blockIdx.x;
     if (block == blocks) {
         for (int i = threadIdx.x; i < num_counters; i += THREADS) counters[i] = 0;
-        list_all<false>(call, shared, counts, each_chunk, list);
+        list_all<0>(call, shared, counts, each_chunk, list);
         return;
     }
     const int begin = block * each, end = min(begin + each, tokens);

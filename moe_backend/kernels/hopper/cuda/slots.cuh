@@ -12,6 +12,7 @@
 // CHUNKS (0: none).
 #pragma once
 
+#include "shares.cuh"
 #include "warps.cuh"
 
 constexpr int THREADS = 512;
@@ -125,17 +126,22 @@ DEVICE void start_block(const Call& call, Slots& shared, const int* counts, int 
     start_experts(shared);
 }
 
-// An expert's place in a list in which those that have more slots come first, so that items of like sizes are dealt out
-// together.
+// An expert's place in a list in which those whose items have more tokens come first, so that items of like sizes are dealt
+// out together. Of each expert `before` has how many.
 DEVICE int place_of(const Slots& shared, int expert) {
-    const int own = shared.total[expert];
+    const int own = shared.before[expert];
     int place = 0;
-    for (int e = 0; e < EXPERTS; e++) place += shared.total[e] > own || (shared.total[e] == own && e < expert);
+    for (int e = 0; e < EXPERTS; e++) place += shared.before[e] > own || (shared.before[e] == own && e < expert);
     return place;
 }
 
-// How many experts have slots, and of each three numbers: expert, first position, end position.
-template <bool MOST_FIRST> DEVICE void list_experts(Slots& shared, int* list) {
+// How many experts have slots, and of each three numbers: expert, first position, end position. In the order of the experts;
+// or by their items, of at most MOST tokens.
+template <int MOST> DEVICE void list_experts(Slots& shared, int* list) {
+    if constexpr (MOST > 0) {
+        for (int e = threadIdx.x; e < EXPERTS; e += THREADS) shared.before[e] = even_share(shared.total[e], MOST);
+        // All see these after the sum.
+    }
     int hit = 0;
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
@@ -145,7 +151,7 @@ template <bool MOST_FIRST> DEVICE void list_experts(Slots& shared, int* list) {
     for (int i = 0; i < EACH; i++) {
         const int e = EACH * threadIdx.x + i;
         if (e >= EXPERTS || shared.total[e] == 0) continue;
-        int* entry = list + 1 + 3 * (MOST_FIRST ? place_of(shared, e) : n);
+        int* entry = list + 1 + 3 * (MOST ? place_of(shared, e) : n);
         entry[0] = e;
         entry[1] = shared.start[e];
         entry[2] = shared.start[e] + shared.total[e];
@@ -155,10 +161,10 @@ template <bool MOST_FIRST> DEVICE void list_experts(Slots& shared, int* list) {
 }
 
 // What the block that writes the list does.
-template <bool MOST_FIRST>
+template <int MOST>
 DEVICE void list_all(const Call& call, Slots& shared, const int* counts, int each_chunk, int* list) {
     start_block(call, shared, counts, each_chunk, 0);
-    list_experts<MOST_FIRST>(shared, list);
+    list_experts<MOST>(shared, list);
 }
 
 // The experts of some tokens' slots, to be replaced by the positions.

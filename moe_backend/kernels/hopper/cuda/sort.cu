@@ -3,8 +3,8 @@
 //
 // The last block writes the list of experts; each other has `each` tokens and gives their slots positions.
 //
-// Compile-time constants: those of slots.cuh; DESCENDING (the list: experts with more slots first), LONE (targets are
-// wanted), WEIGHT_ON_INPUT (the routing weights have been applied).
+// Compile-time constants: those of slots.cuh; TILE (the list: experts whose items, of at most so many tokens, have
+// more come first; 0: in their order), LONE (targets are wanted), WEIGHT_ON_INPUT (the routing weights have been applied).
 #include "slots.cuh"
 #include "targets.cuh"
 
@@ -32,7 +32,7 @@ KERNEL void __launch_bounds__(THREADS, 2) sort(const void* ids, const int* exper
     const Call call = {ids, expert_map, tokens * TOP_K};
     const int blocks = gridDim.x - 1, block = blockIdx.x;
     if (block == blocks) {
-        list_all<DESCENDING>(call, shared, counts, each_chunk, list);
+        list_all<TILE>(call, shared, counts, each_chunk, list);
         return;
     }
     const int begin = block * each, end = min(begin + each, tokens);

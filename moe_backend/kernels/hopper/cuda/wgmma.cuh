@@ -58,6 +58,12 @@ template <int N> DEVICE void wgmma_bf16(float (&d)[N / 2], u64 a, u64 b);
 #define LIST_56 LIST_52 ", %52, %53, %54, %55"
 #define LIST_60 LIST_56 ", %56, %57, %58, %59"
 #define LIST_64 LIST_60 ", %60, %61, %62, %63"
+#define LIST_68 LIST_64 ", %64, %65, %66, %67"
+#define LIST_72 LIST_68 ", %68, %69, %70, %71"
+#define LIST_76 LIST_72 ", %72, %73, %74, %75"
+#define LIST_80 LIST_76 ", %76, %77, %78, %79"
+#define LIST_88 LIST_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define LIST_96 LIST_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define EIGHT(i) FOUR(i), FOUR(i + 4)
 #define SIXTEEN(i) EIGHT(i), EIGHT(i + 8)
@@ -104,13 +110,33 @@ WGMMA_BF16(112, 56, 56, 57, 58, 59, 60, 61, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32)
 WGMMA_BF16(120, 60, 60, 61, 62, 63, 64, 65, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48), FOUR(56))
 WGMMA_BF16(128, 64, 64, 65, 66, 67, 68, 69, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
 
-template <> DEVICE void wgmma_bf16<128>(float (&d)[64], u64 a, u64 b) {
-    asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST_64 "}, %64, %65, more, 1, 1, 0, 0;\n}"
-                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-                 : "l"(a), "l"(b), "r"(1));
-}
+// The same with a in shared memory.
+#define WGMMA_BF16_SHARED(N, SUMS, A, B, ACCUMULATE, ...)                                                   \
+    template <> DEVICE void wgmma_bf16<N>(float (&d)[N / 2], u64 a, u64 b) {                                \
+        asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" #ACCUMULATE ", 0;\n"                        \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST_##SUMS               \
+                     "}, %" #A ", %" #B ", more, 1, 1, 0, 0;\n}"                                            \
+                     : __VA_ARGS__                                                                          \
+                     : "l"(a), "l"(b), "r"(1));                                                             \
+    }
+WGMMA_BF16_SHARED(16, 8, 8, 9, 10, EIGHT(0))
+WGMMA_BF16_SHARED(32, 16, 16, 17, 18, SIXTEEN(0))
+WGMMA_BF16_SHARED(48, 24, 24, 25, 26, SIXTEEN(0), EIGHT(16))
+WGMMA_BF16_SHARED(64, 32, 32, 33, 34, SIXTEEN(0), SIXTEEN(16))
+WGMMA_BF16_SHARED(80, 40, 40, 41, 42, SIXTEEN(0), SIXTEEN(16), EIGHT(32))
+WGMMA_BF16_SHARED(96, 48, 48, 49, 50, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32))
+WGMMA_BF16_SHARED(104, 52, 52, 53, 54, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), FOUR(48))
+WGMMA_BF16_SHARED(112, 56, 56, 57, 58, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48))
+WGMMA_BF16_SHARED(120, 60, 60, 61, 62, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), EIGHT(48), FOUR(56))
+WGMMA_BF16_SHARED(128, 64, 64, 65, 66, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48))
+WGMMA_BF16_SHARED(136, 68, 68, 69, 70, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), FOUR(64))
+WGMMA_BF16_SHARED(144, 72, 72, 73, 74, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), EIGHT(64))
+WGMMA_BF16_SHARED(152, 76, 76, 77, 78, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), EIGHT(64), FOUR(72))
+WGMMA_BF16_SHARED(160, 80, 80, 81, 82, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64))
+WGMMA_BF16_SHARED(176, 88, 88, 89, 90, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), EIGHT(80))
+WGMMA_BF16_SHARED(192, 96, 96, 97, 98, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80))
 
+#undef WGMMA_BF16_SHARED
 #undef WGMMA_BF16
 #undef WGMMA_FP8
 #undef SIXTEEN

@@ -1,25 +1,22 @@
-// pairs.cu: its sizes, what an item is, what the layer is, and what is in shared memory.
+// pairs_fp8.cu: its sizes, what an item is, what the layer is, and what is in shared memory.
 #pragma once
 
 #include "hits.cuh"
 #include "targets.cuh"
 
-constexpr int WIDE = FORMAT == FP8 ? 1 : 2;    // bytes of a number
-constexpr int LINE = 128, STEP = LINE / WIDE;  // bytes of a row in a step, and columns of K
+constexpr int STEP = 128;                      // columns of K, and bytes of a row's codes in a step
 constexpr int TILE = 128, HALF = 64;           // tokens of a tile, of a warp group
-constexpr int HALF_BYTES = HALF * LINE;
+constexpr int HALF_BYTES = HALF * STEP;
 constexpr int CHUNK = 128, CHUNKS = 2;         // weight rows of a product, and such chunks of an item
-constexpr int BOX = 64, BOX_BYTES = BOX * LINE;  // weight rows of a copy
-constexpr int CHUNK_BYTES = CHUNK * LINE;
-// Of a chunk in each matrix, and of an item: hidden columns, which share a scale if they have one, or outputs.
+constexpr int BOX = 64, BOX_BYTES = BOX * STEP;  // weight rows of a copy
+constexpr int CHUNK_BYTES = CHUNK * STEP;
+// Of a chunk in each matrix, and of an item: hidden columns, which share a scale, or outputs.
 constexpr int CHUNK_ROWS = GATED ? BOX : CHUNK, ROWS = CHUNKS * CHUNK_ROWS;
 constexpr int CONSUMER_WARPS = 8;
 constexpr int CONSUMERS = 32 * CONSUMER_WARPS;
 constexpr int THREADS = CONSUMERS + 128;
 // Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
 constexpr int COPY_REGISTERS = 24, REGISTERS = 240;
-
-#if FORMAT == 1
 
 // Products that are summed before they are scaled, and weight rows of a chunk that share a scale for sure; so
 // many scales have an item's weights in a step.
@@ -29,14 +26,6 @@ constexpr int SCALES = CHUNKS * SEGMENTS;
 static_assert(SCALE_N % SEGMENT == 0 && CHUNK % SEGMENT == 0 && SEGMENT % 32 == 0, "one scale for SEGMENT rows");
 static_assert(STEP % SUB == 0 && SCALE_K % SUB == 0 && SUB % 32 == 0, "one scale for SUB columns");
 static_assert(MANY * SCALES <= 32, "a lane for each scale");
-constexpr int SCALED = TILE;  // tokens of a step that have scales
-constexpr int STEP_SCALES = MANY * SCALES;
-
-#else
-
-constexpr int SCALED = 1, STEP_SCALES = 1;  // none; arrays are not empty
-
-#endif
 
 enum { END = 0, WORK = 1, IDLE = 2 };
 
@@ -53,8 +42,8 @@ struct alignas(16) Item {
 struct Shared {
     u8 weights[STAGES][CHUNKS * CHUNK_BYTES];
     u8 tokens[STAGES][2 * HALF_BYTES];
-    float token_scales[STAGES][SCALED];
-    float weight_scales[STAGES][STEP_SCALES];
+    float token_scales[STAGES][TILE];
+    float weight_scales[STAGES][MANY * SCALES];
     Item items[STAGES];
     Hit hits[EXPERTS + 1];
     float largest[2][HALF];
@@ -84,12 +73,3 @@ struct Place {
     DEVICE int row() const { return 16 * warp + lane / 4; }  // of a half's tokens; and eight rows on
     DEVICE int column() const { return lane % 4; }           // of four
 };
-
-typedef float Sums[CHUNK / 2];  // of 64 tokens with a chunk's rows, a thread's
-
-// A warp has read all of a stage: both blocks may copy there.
-DEVICE void release(Shared& shared, int stage, const Place& place) {
-    fence_async_shared();  // what it read comes before others are copied there
-    __syncwarp();
-    if (place.lane < 2) barrier_arrive_at(&shared.empty[stage], place.lane);
-}

@@ -1,37 +1,31 @@
-// One grouped GEMM of an FP8 or bf16 mixture-of-experts layer for many tokens per expert, tokens first.
+// One grouped GEMM of an FP8 mixture-of-experts layer for many tokens per expert, tokens first.
 //
 // Slots are sorted by expert and their activations lie in that order, so that the accelerator brings tokens as well
 // as weights. `list` says which experts were hit and where their positions begin and end. The first GEMM (GATED)
-// makes hidden columns, with FP8 quantised per ROWS of them; the second the experts' outputs before the routing
-// weights, and if LONE, of tokens with one slot here, the sums themselves.
+// makes hidden columns, quantised per ROWS of them; the second the experts' outputs before the routing weights, and if
+// LONE, of tokens with one slot here, the sums themselves.
 //
 // Pairs. With full tiles the time goes by what L2 gives: a step of 128 tokens and 256 weight rows is 48 KB for 1,024
-// cycles of MMAs in either format, twice what L2 has for each multiprocessor. So two blocks on neighbouring
-// multiprocessors, a cluster, work side by side and bring what both need once, each a half of it to both: two tiles
-// of an expert's tokens share the weights; the tile that is left, or the only one, is shared by two blocks of weight
-// rows.
+// cycles of MMAs, twice what L2 has for each multiprocessor. So two blocks on neighbouring multiprocessors, a
+// cluster, work side by side and bring what both need once, each a half of it to both: two tiles of an expert's
+// tokens share the weights; the tile that is left, or the only one, is shared by two blocks of weight rows.
 //
 // An item is, for one block, up to 128 tokens with 256 weight rows in two chunks of 128: of the first GEMM 64 gate
 // and 64 up rows each, so that a thread has both of a hidden column. Items are dealt out in turn.
 //
 // Roles. A warp copies; two warp groups multiply, 64 tokens each with both chunks. With up to 64 tokens each has all
-// of them and one chunk. A step is STEP columns of K, 128 bytes; its weights, tokens and scales are a stage of the
-// ring, completed by one barrier, and free when both blocks have read theirs. While one warp group scales its products the
-// tensor cores work for the other. bf16 has no scales: products add up in the tensor cores.
+// of them and one chunk. A step is STEP columns of K; its weights, tokens and scales are a stage of the ring,
+// completed by one barrier, and free when both blocks have read theirs. While one warp group scales its products the
+// tensor cores work for the other.
 //
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
-// Compile-time constants: FORMAT, GATED, STAGES, EXPERTS (room in the list), ACTIVATION (its kind), FP8: SCALE_N, SCALE_K
-// (rows and columns of a weight scale), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks
-// for). In clusters of two blocks.
-#include "pairs_copies.cuh"
-#if FORMAT == 1
-#include "pairs_fp8_hidden.cuh"
+// Compile-time constants: GATED, STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SCALE_N, SCALE_K (rows and
+// columns of a weight scale), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks for). In
+// clusters of two blocks.
+#include "pairs_fp8_copies.cuh"
 #include "pairs_fp8_products.cuh"
-#else
-#include "pairs_bf16_hidden.cuh"
-#include "pairs_bf16_products.cuh"
-#endif
+#include "pairs_fp8_epilogues.cuh"
 
 template <bool FEW>
 DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, Ring& ring, const Place& place) {
@@ -79,9 +73,8 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // out: hidden columns, `[positions, N]` e4m3 with out_scale `[N / ROWS, positions]`; or outputs, `[positions, N]` bf16.
 // If LONE the second GEMM reads targets, `[positions]`, and of those that have a row writes it in sums, `[tokens, N]` bf16,
 // not in out.
-// With bf16 tokens, weights and hidden columns are bf16, in boxes as many bytes wide, and there are no scales.
-// K is a multiple of 16 (bf16: 8), N of 8. Positions are a multiple of 4, and token_scale ends 512 bytes after its last.
-KERNEL void __launch_bounds__(THREADS, 1) pairs(
+// K is a multiple of 16, N of 8. Positions are a multiple of 4, and token_scale ends 512 bytes after its last.
+KERNEL void __launch_bounds__(THREADS, 1) pairs_fp8(
     const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const float* token_scale,
     const float* weight_scale, const int* list, void* out, float* out_scale, float limit, float alpha, float beta,
     int N, int K, int positions, int scale_rows, int scale_columns, const Target* targets, u16* sums) {

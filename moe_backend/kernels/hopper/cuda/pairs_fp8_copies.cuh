@@ -1,7 +1,7 @@
-// pairs.cu: the items that there are, and the warp that keeps the ring filled.
+// pairs_fp8.cu: the items that there are, and the warp that keeps the ring filled.
 #pragma once
 
-#include "pairs_shared.cuh"
+#include "pairs_fp8_shared.cuh"
 
 // Items of an expert for a pair of blocks: two tiles of tokens at a time with one block of weight rows, and the
 // tile that is left with two blocks of rows.
@@ -33,8 +33,6 @@ DEVICE Item find_item(const Layer& layer, const Shared& shared, int count, int n
     return item;
 }
 
-#if FORMAT == 1
-
 // A step's weight scales, by a lane each.
 DEVICE void copy_weight_scale(const Layer& layer, const Item& item, float* to, int k0, int lane) {
     if (lane >= MANY * SCALES || item.kind != WORK) return;
@@ -46,20 +44,6 @@ DEVICE void copy_weight_scale(const Layer& layer, const Item& item, float* to, i
     copy_float(to + lane, layer.weight_scale + (static_cast<long long>(matrix) * layer.scale_rows + scale_row) *
                                                    layer.scale_columns + column);
 }
-// And the tokens', by one thread.
-DEVICE void copy_token_scales(const Layer& layer, const Item& item, float* to, int k0, u64* full) {
-    const float* scales = layer.token_scale + static_cast<long long>(k0 / STEP) * layer.positions + item.start;
-    copy_bulk(to, scales, 4 * TILE, full);
-}
-constexpr int SCALE_BYTES = 4 * TILE;
-
-#else
-
-DEVICE void copy_weight_scale(const Layer&, const Item&, float*, int, int) {}
-DEVICE void copy_token_scales(const Layer&, const Item&, float*, int, u64*) {}
-constexpr int SCALE_BYTES = 0;
-
-#endif
 
 // A chunk's weights, for this block or for both.
 DEVICE void copy_chunk(const Layer& layer, const Item& item, u8* to, int chunk, int k0, u64* full) {
@@ -68,8 +52,8 @@ DEVICE void copy_chunk(const Layer& layer, const Item& item, u8* to, int chunk, 
         const int row = (item.block * CHUNKS + chunk) * CHUNK_ROWS + (GATED ? 0 : i * BOX);
         const int matrix = GATED ? 2 * item.expert + i : item.expert;
         u8* box = to + chunk * CHUNK_BYTES + i * BOX_BYTES;
-        if (item.shares_weights) copy_box_to_all(box, layer.weights, k0 * WIDE, row, matrix, full, 3);
-        else copy_box(box, layer.weights, k0 * WIDE, row, matrix, full);
+        if (item.shares_weights) copy_box_to_all(box, layer.weights, k0, row, matrix, full, 3);
+        else copy_box(box, layer.weights, k0, row, matrix, full);
     }
 }
 
@@ -78,18 +62,19 @@ DEVICE void copy_step(const Layer& layer, Shared& shared, const Item& item, int 
     u64* full = &shared.full[stage];
     const int halves = item.tokens > HALF ? 2 : 1;
     const bool works = item.kind == WORK;
-    barrier_expect(full, halves * HALF_BYTES + (works ? item.chunks * CHUNK_BYTES + SCALE_BYTES : 0));
+    barrier_expect(full, halves * HALF_BYTES + (works ? item.chunks * CHUNK_BYTES + 4 * TILE : 0));
     for (int half = 0; half < halves; half++) {
         u8* to = shared.tokens[stage] + half * HALF_BYTES;
         const int row = item.start + half * HALF;
-        if (item.shares_weights) copy_box(to, layer.tokens, k0 * WIDE, row, full);
-        else if (half == rank) copy_box_to_all(to, layer.tokens, k0 * WIDE, row, full, 3);
+        if (item.shares_weights) copy_box(to, layer.tokens, k0, row, full);
+        else if (half == rank) copy_box_to_all(to, layer.tokens, k0, row, full, 3);
     }
     if (!works) return;
     for (int chunk = 0; chunk < item.chunks; chunk++) {
         if (!item.shares_weights || chunk == rank) copy_chunk(layer, item, shared.weights[stage], chunk, k0, full);
     }
-    copy_token_scales(layer, item, shared.token_scales[stage], k0, full);
+    const float* scales = layer.token_scale + static_cast<long long>(k0 / STEP) * layer.positions + item.start;
+    copy_bulk(shared.token_scales[stage], scales, 4 * TILE, full);
 }
 
 DEVICE void copy(const Layer& layer, Shared& shared, int count) {
