@@ -243,7 +243,7 @@ def test_pairs_with_routing_weights_on_the_input(launches, name):
     ("name", "tokens"),
     [
         *(("nvfp4", tokens) for tokens in (1, 16, 33, 57, 65, 72, 112, 121, 128, 129)),
-        *(("bf16", tokens) for tokens in (1, 16, 49, 72, 113, 128, 129, 145, 192, 193)),
+        *(("bf16", tokens) for tokens in (1, 16, 49, 72, 113, 128, 129, 145, 161, 177, 192, 193)),
     ],
 )
 def test_pairs_with_full_and_nearly_full_mmas(launches, name, tokens):

@@ -14,13 +14,13 @@ from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiled import check_tiles
 from moe_backend.kernels.hopper.tiles import (
     FEW_TOKENS_NARROW,
+    PAIRS_STAGES,
     Flow,
     Once,
     Pairs,
     Tile,
     choose,
     few,
-    pairs,
     tiles,
 )
 from moe_backend.kernels.registry import Selection
@@ -97,7 +97,7 @@ def test_pairs_refuse_what_they_are_not_written_for(refused, said, monkeypatch):
         with pytest.raises(ValueError, match="stages"):
             methods.check(one, 4096, Pairs(stages + 1))
     with pytest.raises(ValueError, match=said):
-        methods.check(refused, 4096, pairs(refused))
+        methods.check(refused, 4096, Pairs(PAIRS_STAGES[refused.format]))
     assert not isinstance(choose(refused, 16384), Pairs)
 
 

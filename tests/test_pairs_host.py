@@ -227,16 +227,18 @@ def test_results(name: str) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_more_experts_than_threads() -> None:
+@pytest.mark.parametrize("block", [(32, 128), None], ids=["fp8", "bf16"])
+def test_more_experts_than_threads(block: tuple[int, int] | None) -> None:
     """The list of those that were hit is read in rounds, by several warps."""
     torch.manual_seed(1)
     tokens = tuple(int(n) for n in torch.randint(0, 3, (600,)))
-    problem = Problem(Case(tokens, 16, 32, (32, 128)))
+    problem = Problem(Case(tokens, 16, 32, block))
     problem.check(*problem.run(seed=1))
 
 
-def test_nothing_routed() -> None:
-    problem = Problem(CASES["one token"])
+@pytest.mark.parametrize("name", ["one token", "bf16: one token"])
+def test_nothing_routed(name: str) -> None:
+    problem = Problem(CASES[name])
     problem.list[0] = 0
     out, _ = problem.run(seed=0)
-    assert (out == POISON).all()
+    assert (out == (POISON if problem.case.block else -1)).all()

@@ -24,7 +24,8 @@ import torch
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "moe_backend" / "kernels" / "hopper" / "cuda"
 FLAGS = [
-    *("-std=c++17", "-O2", "-march=native", "-g1", "-DCUDA_ON_HOST"),
+    # More than -O1 takes longer to compile than it saves: most kernels run once or twice.
+    *("-std=c++17", "-O1", "-march=native", "-g1", "-DCUDA_ON_HOST"),
     *("-shared", "-fPIC", "-fvisibility=hidden"),
     # As nvcc: types may be reinterpreted, and `#pragma unroll` is known.
     *("-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-psabi", "-Werror=return-type"),
@@ -83,7 +84,7 @@ def compile(
     folder = folder or Path(tempfile.gettempdir()) / f"cuda_host_{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     text = source.read_text()
-    flags = [*FLAGS, f"-I{HERE}", f"-I{KERNELS}", f"-I{source.parent}"]
+    flags = [*FLAGS, f"-I{HERE}", f"-I{KERNELS}", f"-I{source.parent}", f"-I{folder}"]
     macros = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
     parts = [text, macros, *flags]
     for path in sorted({*HERE.glob("*.h"), *KERNELS.glob("*.cuh"), *source.parent.glob("*.cuh")}):
@@ -95,19 +96,37 @@ def compile(
         table = ", ".join(f'describe<{kernel}>("{kernel}", {kernel})' for kernel in kernels)
         whole = folder / f"{name}.{os.getpid()}.cpp"
         whole.write_text(
-            f'#include "launch.h"\n{macros}#include "{source.resolve()}"\n'
+            f'#include "{_header(folder)}"\n{macros}#include "{source.resolve()}"\n'
             f"const std::vector<host::Kernel> host::kernels = {{{table}}};\n"
         )
         built = whole.with_suffix(".so")
-        command = ["g++", *flags, str(whole), "-o", str(built), "-ldl"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        whole.unlink()
-        if result.returncode:
-            raise RuntimeError(result.stderr)
+        try:
+            _run("g++", *flags, str(whole), "-o", str(built), "-ldl")
+        finally:
+            whole.unlink()
         built.rename(path)
     entry = ctypes.CDLL(str(path)).host_launch
     entry.restype = None
     return Library(path, kernels, entry)
+
+
+def _header(folder: Path) -> str:
+    """What to include for launch.h: parsed once, as that takes as long as a small kernel."""
+    parts = [*FLAGS, *(path.read_text() for path in sorted(HERE.glob("*.h")))]
+    name = f"launch_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.h"
+    path = folder / f"{name}.gch"  # which g++ takes for the header
+    if not path.exists():
+        built = folder / f"{name}.{os.getpid()}.gch"
+        _run("g++", *FLAGS, "-x", "c++-header", str(HERE / "launch.h"), "-o", str(built))
+        built.rename(path)
+    return name
+
+
+def _run(*command: str) -> None:
+    """Raises RuntimeError with the compiler's words."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
 
 
 def tensor_map(

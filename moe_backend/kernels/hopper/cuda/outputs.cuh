@@ -1,4 +1,5 @@
-// GEMMs with weights first: who has what of their results, and outputs, before the sum or as sums, to rows in memory.
+// GEMMs with weights first: who has what of their results, and results in bf16 to rows in memory: hidden columns, or outputs
+// before the sum or as sums.
 #pragma once
 
 #include "hits.cuh"
@@ -14,12 +15,12 @@ struct Place {
     DEVICE int eight() const { return 2 * warp + (lane >> 3 & 1); }
 };
 
-// Where outputs go.
+// Where results go.
 struct Outputs {
-    u16* partial;  // `[positions, H]` bf16
-    int H;
-    // With targets: the thread's, of every 128th token; room for these in shared memory; and the sums, `[tokens, H]` bf16,
-    // which they are rows of.
+    u16* out;  // `[positions, columns]` bf16
+    int columns;
+    // With targets: the thread's, of every 128th token; room for these in shared memory; and the sums, `[tokens, columns]`
+    // bf16, which they are rows of.
     const Target* own;
     Target* targets;
     u16* sums;
@@ -27,6 +28,19 @@ struct Outputs {
 
 // Targets that a thread of a warp group has, of so many tokens; room for them all is needed, in 128s.
 DEVICE constexpr int targets_of(int tokens) { return (tokens + 127) / 128; }
+
+// The targets of an item from position `first` on: of every 128th token, of a thread; if AIMED, else none.
+template <int TOKENS, bool AIMED> struct Targets {
+    Target own[targets_of(TOKENS)];
+
+    DEVICE Targets(const Target* targets, int first, int tokens, const Place& place) {
+#pragma unroll
+        for (int i = 0; i < targets_of(TOKENS); i++) {
+            const int token = 128 * i + 32 * place.warp + place.lane;
+            own[i] = AIMED && token < tokens ? targets[first + token] : Target{-1, 1.0f};
+        }
+    }
+};
 
 // Eight bf16 numbers with a weight.
 DEVICE uint4 weighted(const uint4& row, float weight) {
@@ -37,24 +51,24 @@ DEVICE uint4 weighted(const uint4& row, float weight) {
     return {products[0], products[1], products[2], products[3]};
 }
 
-// A warp group's outputs: of COUNT parts of 64 weight rows, every `apart`th from `part` on, with N tokens. They are turned
+// A warp group's results: of COUNT parts of 64, every `apart`th from `part` on, with N tokens. They are turned
 // around in shared memory, TURNED tokens at once, so that a thread stores 16 bytes.
 //
 // turned: COUNT * TURNED * 128 bytes; outputs: the item's from first_row and first_column on, with AIMED those that have a
-// target there; parts: that there are, for a thread's eight of their columns; eight: which of 64 results a lane has.
+// target there; parts: that there are, for a thread's eight of their columns; eight: which eight of 64 results a lane has.
 template <int N, int COUNT, int TURNED, bool AIMED>
 DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const Outputs& outputs, int first_row,
                           int first_column, int item_tokens, int part, int apart, int parts, int eight, const Place& place) {
     constexpr int PART = TURNED * 128;
-    // Of a token's 64 outputs, eight pieces of 16 bytes, which change places with the token: against
+    // Of a token's 64 results, eight pieces of 16 bytes, which change places with the token: against
     // bank conflicts.
     const int token = place.lane & 7;
     u8* row = turned + token * 128 + (eight ^ token) * 16;
     // What a thread stores: a piece of every 16th token.
     const int thread = 32 * place.warp + place.lane, n = thread >> 3, c = thread & 7;
     const u8* from = turned + n * 128 + (c ^ (n & 7)) * 16;
-    const int H = outputs.H, column = first_column + c * 8;
-    u16* to = outputs.partial + static_cast<long long>(first_row + n) * H + column;
+    const int columns = outputs.columns, column = first_column + c * 8;
+    u16* to = outputs.out + static_cast<long long>(first_row + n) * columns + column;
 #pragma unroll
     for (int first = 0; first < N; first += TURNED) {
         const int tokens = least(N - first, TURNED);
@@ -76,10 +90,10 @@ DEVICE void store_outputs(const float (&sums)[COUNT][N / 2], u8* turned, const O
 #pragma unroll (AIMED ? 1 : TURNED)  // with targets a turn is long
         for (int m = 0; m < tokens; m += 16) {
             if (first + m + n >= item_tokens) continue;
-            u16* there = to + static_cast<long long>(first + m) * H;
+            u16* there = to + static_cast<long long>(first + m) * columns;
             Target target = {-1, 1.0f};
             if (AIMED) target = outputs.targets[first + m + n];
-            if (target.row >= 0) there = outputs.sums + static_cast<long long>(target.row) * H + column;
+            if (target.row >= 0) there = outputs.sums + static_cast<long long>(target.row) * columns + column;
 #pragma unroll
             for (int b = 0; b < COUNT; b++) {
                 const int own = part + apart * b;

@@ -34,7 +34,7 @@ DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, 
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sums[b][i] = 0.0f;
     }
-    const Targets targets(layer, item, place);  // on their way meanwhile
+    const ItemTargets targets(layer.targets, item.start, item.tokens, place);  // on their way meanwhile
     add_steps<N>(sums, layer, shared, ring, place);
     store<N>(layer, shared, item, sums, targets, place);
 }
@@ -61,7 +61,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
         if (item.kind == IDLE) {
             for (int k0 = 0; k0 < layer.depth; k0 += STEP, ring.advance()) {
                 barrier_wait(&shared.full[ring.stage], ring.phase);
-                release(shared, ring.stage, place);
+                release(&shared.empty[ring.stage], place.lane);
             }
         } else {
             multiply_narrowly<16>(layer, shared, item, ring, place);

@@ -3,19 +3,6 @@
 
 #include "pairs_bf16_shared.cuh"
 
-// The targets of an item's tokens, of every 128th, of a thread of a warp group.
-struct Targets {
-    Target own[TARGETS];
-
-    DEVICE Targets(const Layer& layer, const Item& item, const Place& place) {
-#pragma unroll
-        for (int i = 0; i < TARGETS; i++) {
-            const int token = 128 * i + 32 * place.warp + place.lane;
-            own[i] = LONE && token < item.tokens ? layer.targets[item.start + token] : Target{-1, 1.0f};
-        }
-    }
-};
-
 // Hidden columns of both of a warp's parts, eight each, where the first's gate and up rows were.
 template <int N> DEVICE void activate_sums(const Layer& layer, float (&sums)[BLOCKS][N / 2]) {
 #pragma unroll
@@ -34,7 +21,7 @@ template <int N> DEVICE void activate_sums(const Layer& layer, float (&sums)[BLO
 // The end of an item, for a warp group.
 template <int N>
 DEVICE void store(const Layer& layer, Shared& shared, const Item& item, float (&sums)[BLOCKS][N / 2],
-                  const Targets& targets, Place place) {
+                  const ItemTargets& targets, Place place) {
     compute_here(place.lane);
     if (GATED) activate_sums<N>(layer, sums);
     const Outputs outputs = {layer.out, layer.rows, targets.own, shared.targets[place.group], layer.sums};

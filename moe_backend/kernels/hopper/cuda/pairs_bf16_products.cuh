@@ -22,7 +22,7 @@ DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& 
         }
         wgmma_commit();
         wgmma_wait<0>();
-        release(shared, ring.stage, place);
+        release(&shared.empty[ring.stage], place.lane);
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) wgmma_touch(sums[b]);

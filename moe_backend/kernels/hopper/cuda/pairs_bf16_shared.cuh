@@ -16,14 +16,15 @@ constexpr int THREADS = 32 * CONSUMER_WARPS + 128;
 constexpr int COPY_REGISTERS = 40, REGISTERS = 232;
 constexpr int TURNED = 32;                    // tokens whose results are turned around at once
 constexpr int RESULTS = GATED ? 1 : BLOCKS;   // of a warp group and a token, in 64s
-constexpr int TARGETS = LONE ? targets_of(TILE) : 1;  // of a thread
 static_assert(TILE % BOX == 0, "whole copies");
+
+typedef Targets<TILE, LONE> ItemTargets;
 
 struct Shared {
     u8 weights[STAGES][PARTS * PART_BYTES];
     u8 tokens[STAGES][TILE * LINE];
     u8 staging[WARP_GROUPS][RESULTS * TURNED * LINE];
-    Target targets[WARP_GROUPS][LONE ? 128 * TARGETS : 1];
+    Target targets[WARP_GROUPS][LONE ? 128 * targets_of(TILE) : 1];
     Item items[STAGES];
     Hit hits[EXPERTS + 1];
     int warp_totals[THREADS / 32];
@@ -42,9 +43,3 @@ struct Layer {
 
     DEVICE int blocks() const { return ceil_div(rows, ROWS); }
 };
-
-// A warp's MMAs have read all of a stage: both blocks may copy there.
-DEVICE void release(Shared& shared, int stage, const Place& place) {
-    __syncwarp();
-    if (place.lane < 2) barrier_arrive_at(&shared.empty[stage], place.lane);
-}

@@ -39,8 +39,15 @@ DEVICE Item find_item(const Hit* hits, int count, int blocks, int n, int rank) {
 }
 
 // The nth item of a pair, of those that are dealt out in turn, there and back: the pair that is last in one round is
-// first in the next. As experts are listed by the size of their items all get about as much.
+// first in the next. As experts are listed by the size of their items (`sort.cu`; more than 512 in
+// their own order) all get about as much.
 DEVICE int deal(int n) {
     const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
     return n * pairs + (n % 2 ? pairs - 1 - pair : pair);
+}
+
+// A warp's MMAs, which alone read it, have read all of a stage that belongs to this barrier: both blocks may copy there.
+DEVICE void release(u64* empty, int lane) {
+    __syncwarp();
+    if (lane < 2) barrier_arrive_at(empty, lane);
 }

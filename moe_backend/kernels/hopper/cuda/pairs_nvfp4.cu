@@ -35,14 +35,14 @@ DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, 
 #pragma unroll
         for (int i = 0; i < N / 2; i++) sums[b][i] = 0.0f;
     }
-    const Scales scales(layer, item);  // on their way meanwhile, as is the target
-    const Target target = target_of(layer, item, place);
+    const Scales scales(layer, item);  // on their way meanwhile, as are the targets
+    const ItemTargets targets(layer.targets, item.start, item.tokens, place);
     add_steps<N>(sums, layer, shared, codes, ring, place);
     scales.apply(sums);
 #if GATED
     store_hidden<N>(layer, shared, item, sums, place);
 #else
-    store_rows<N>(layer, shared, item, sums, target, place);
+    store_rows<N>(layer, shared, item, sums, targets, place);
 #endif
 }
 
@@ -70,7 +70,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
         if (item.kind == IDLE) {
             for (int half = 0; half < 2 * layer.steps(); half++, ring.advance()) {
                 barrier_wait(&shared.full[ring.stage], ring.phase);
-                release_tokens(shared, ring.stage, place);
+                release(&shared.empty[ring.stage], place.lane);
             }
         } else {
             multiply_narrowly<16>(layer, shared, item, codes, ring, place);

@@ -55,17 +55,11 @@ DEVICE void store_hidden(const Layer& layer, Shared& shared, const Item& item, c
     }
 }
 
-// Of the item's tokens, of as many as a warp group has threads, this thread's.
-DEVICE Target target_of(const Layer& layer, const Item& item, const Place& place) {
-    const int token = 32 * place.warp + place.lane;
-    return LONE && token < item.tokens ? layer.targets[item.start + token] : Target{-1, 1.0f};
-}
-
 // The end of an item of the second GEMM, for a warp group.
 template <int N>
 DEVICE void store_rows(const Layer& layer, Shared& shared, const Item& item, const float (&sums)[BLOCKS][N / 2],
-                       const Target& target, const Place& place) {
-    const Outputs outputs = {layer.out, layer.rows, &target, shared.targets[place.group], layer.sums};
+                       const ItemTargets& targets, const Place& place) {
+    const Outputs outputs = {layer.out, layer.rows, targets.own, shared.targets[place.group], layer.sums};
     store_outputs<N, BLOCKS, TURNED, LONE>(sums, shared.staging[place.group], outputs, item.start, item.block * ROWS,
                                            item.tokens, BLOCKS * place.group, 1, PARTS, place.eight(), place);
 }

@@ -29,7 +29,7 @@ DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& 
             const int half = n / (2 * BLOCKS), b = n / 2 % BLOCKS, group = n % 2;
             Batch& batch = batches[n % 2];
             wgmma_wait<1>();  // for the batch that had these registers
-            if (n == 2 * BLOCKS + 1) release_tokens(shared, first, place);  // its MMAs have ended with that
+            if (n == 2 * BLOCKS + 1) release(&shared.empty[first], place.lane);  // its MMAs have ended with that
             if (group == 0) {
                 codes.load(parts + b * PART_BYTES, scales + b * PART_SCALES, half, place.warp, place.lane);
             }
@@ -51,7 +51,7 @@ DEVICE void add_steps(float (&sums)[BLOCKS][N / 2], const Layer& layer, Shared& 
         wgmma_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) wgmma_touch(sums[b]);
-        release_tokens(shared, second, place);
+        release(&shared.empty[second], place.lane);
     }
 }
 

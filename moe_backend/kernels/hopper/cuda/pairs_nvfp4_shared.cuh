@@ -17,19 +17,19 @@ constexpr int CONSUMER_WARPS = 4 * WARP_GROUPS;
 constexpr int THREADS = 32 * CONSUMER_WARPS + 128;
 // Of a thread: the launch's are as many for all, and what copying leaves goes to those that multiply.
 constexpr int COPY_REGISTERS = 40, REGISTERS = 232;
-static_assert(TILE == 128, "a token for each thread of a warp group");
 constexpr int TURNED = 32;                    // tokens whose results are turned around at once
 constexpr int HIDDEN_BYTES = 64 * BLOCKS + 16;  // of a token, a warp group's; odd 16s, against bank conflicts
 constexpr int STAGING_BYTES = TURNED * (GATED ? HIDDEN_BYTES : BLOCKS * LINE);  // of a warp group
 
 typedef RingOf<CODES> CodeRing;
+typedef Targets<TILE, LONE> ItemTargets;
 
 struct Shared {
     u8 tokens[STAGES][2 * MATRIX_BYTES];
     u8 codes[CODES][PARTS * PART_BYTES];
     u8 scales[CODES][PARTS * PART_SCALES];
     u8 staging[WARP_GROUPS][STAGING_BYTES];
-    Target targets[WARP_GROUPS][LONE ? TILE : 1];
+    Target targets[WARP_GROUPS][LONE ? 128 * targets_of(TILE) : 1];
     Item items[STAGES];
     Hit hits[EXPERTS + 1];
     int warp_totals[THREADS / 32];
@@ -52,9 +52,3 @@ struct Layer {
     DEVICE int blocks() const { return ceil_div(rows, ROWS); }
     DEVICE int steps() const { return depth / STEP; }
 };
-
-// A warp has read all of a half step's tokens: both blocks may copy there. Only MMAs read them.
-DEVICE void release_tokens(Shared& shared, int stage, const Place& place) {
-    __syncwarp();
-    if (place.lane < 2) barrier_arrive_at(&shared.empty[stage], place.lane);
-}
