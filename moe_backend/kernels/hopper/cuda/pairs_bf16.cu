@@ -25,6 +25,7 @@
 #include "pairs_bf16_copies.cuh"
 #include "pairs_bf16_epilogues.cuh"
 #include "pairs_bf16_products.cuh"
+#include "pairs_begin.cuh"
 
 template <int N>
 DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, Ring& ring, const Place& place) {
@@ -92,12 +93,7 @@ KERNEL void __launch_bounds__(THREADS, 1) pairs_bf16(
         prefetch_map(&tokens);
         prefetch_map(&weights);
     }
-    wait_for_launches();
-    let_next_start();  // only now: what follows reads what earlier launches wrote before it waits
-    const int blocks = layer.blocks();
-    const int count = read_list<THREADS>(list, shared.hits, shared.warp_totals,
-                                         [=](int tokens) { return items_of(tokens, blocks); });
-    cluster_sync();  // the other block's barriers are there
+    const int count = begin(shared, list, layer.blocks());
     // The same for all lanes, which the compiler is to know.
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp >= CONSUMER_WARPS) {

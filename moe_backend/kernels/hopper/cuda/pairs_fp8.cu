@@ -26,6 +26,7 @@
 #include "pairs_fp8_copies.cuh"
 #include "pairs_fp8_products.cuh"
 #include "pairs_fp8_epilogues.cuh"
+#include "pairs_begin.cuh"
 
 template <bool FEW>
 DEVICE void multiply_item(const Layer& layer, Shared& shared, const Item& item, Ring& ring, const Place& place) {
@@ -91,12 +92,7 @@ KERNEL void __launch_bounds__(THREADS, 1) pairs_fp8(
         prefetch_map(&tokens);
         prefetch_map(&weights);
     }
-    wait_for_launches();
-    let_next_start();  // only now: what follows reads what earlier launches wrote before it waits
-    const int blocks = layer.blocks();
-    const int count = read_list<THREADS>(list, shared.hits, shared.warp_totals,
-                                         [=](int tokens) { return items_of(tokens, blocks); });
-    cluster_sync();  // the other block's barriers are there
+    const int count = begin(shared, list, layer.blocks());
     // The same for all lanes, which the compiler is to know.
     const int warp = __shfl_sync(ALL, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp >= CONSUMER_WARPS) {
