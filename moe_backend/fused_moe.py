@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 
-from moe_backend.formats import Weights
+from moe_backend.formats import Bf16Weights, Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.registry import Kernel, LayerConfig, Selection, kernel_named, select
 from moe_backend.kernels.warmup import Report, warm_up
@@ -49,11 +50,12 @@ class FusedMoE:
         _check_sizes(layer, weights, where)
         self.layer = layer
         self.origin = origin
-        try:
-            self.selection: Selection = select(layer, kernel)
-        except ValueError as error:
-            raise ValueError(f"{where.rstrip('.') or 'layer'}: {error}") from None
-        self.tensors = self.selection.kernel.prepare(weights)
+        with _on(weights.w13.device):
+            try:
+                self.selection: Selection = select(layer, kernel)
+            except ValueError as error:
+                raise ValueError(f"{where.rstrip('.') or 'layer'}: {error}") from None
+            self.tensors = self.selection.kernel.prepare(weights)
         self.plan = json.dumps(
             {"kernel": self.selection.kernel.name, "layer": layer.to_dict()}, sort_keys=True
         )
@@ -77,6 +79,9 @@ class FusedMoE:
             tensors: the prepared weights, where an engine keeps them (`hand_over`).
         Returns:
             `[T, H]` in `x.dtype`.
+
+        Raises:
+            ValueError: sizes or dtype are not those of the layer's configuration.
         """
         return torch.ops.moe_backend.fused_experts(
             x,
@@ -92,7 +97,10 @@ class FusedMoE:
     ) -> Report | None:
         """Compile what calls with 1 to `max_tokens` tokens need (`kernels.warmup.warm_up`)."""
         given = self.tensors if tensors is None else tensors
-        return warm_up(self.selection.kernel, self.layer, given, max_tokens)
+        w13 = given[0]
+        assert w13 is not None
+        with _on(w13.device):
+            return warm_up(self.selection.kernel, self.layer, given, max_tokens)
 
     def hand_over(self) -> list[torch.Tensor | None]:
         """Give the prepared weights to an engine that keeps them as its layer's parameters.
@@ -136,6 +144,37 @@ def _check_sizes(layer: LayerConfig, weights: Weights, where: str) -> None:
                 f"{where}w13_weight has {label} {found}, the model's configuration says "
                 f"{expected}. Check that config.json belongs to this checkpoint."
             )
+    # Device code reads bits as what the layer's dtype says.
+    if weights.name == Bf16Weights.name and weights.w13.dtype != layer.torch_dtype:
+        raise ValueError(
+            f"{where}w13_weight is {weights.w13.dtype}, activations are {layer.torch_dtype}: both "
+            "must be the same. Convert the weights, or serve with their dtype (vLLM: --dtype)."
+        )
+
+
+def _check_call(
+    layer: LayerConfig, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> None:
+    """A call must be what the layer was prepared for; no look at the numbers."""
+    slots = (len(x), layer.top_k)
+    for name, found, expected in (
+        ("x", (x.dtype, *x.shape), (layer.torch_dtype, len(x), layer.hidden_size)),
+        ("topk_weights", (*topk_weights.shape,), slots),
+        ("topk_ids", (*topk_ids.shape,), slots),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{name} is {_words(found)}, the layer was prepared for {_words(expected)}"
+            )
+
+
+def _words(of: tuple[object, ...]) -> str:
+    return " x ".join(str(part) for part in of)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """The device of the tensors as the current one: launches go there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=1024)
@@ -154,7 +193,9 @@ def _fused_experts_op(
     plan: str,
 ) -> torch.Tensor:
     kernel, layer = _decode_plan(plan)
-    return kernel.apply(layer, tensors, x, topk_weights, topk_ids, expert_map)
+    _check_call(layer, x, topk_weights, topk_ids)
+    with _on(x.device):
+        return kernel.apply(layer, tensors, x, topk_weights, topk_ids, expert_map)
 
 
 @_fused_experts_op.register_fake
@@ -166,4 +207,4 @@ def _(
     tensors: list[torch.Tensor | None],
     plan: str,
 ) -> torch.Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # contiguous, as what the kernels return

@@ -267,6 +267,8 @@ def test_flow_of_what_lies_askew(launches):
         problem, tiles.flow(problem.layer, 16, 2, 1), x=shifted, topk_weights=weights,
         topk_ids=problem.topk_ids.short(), expert_map=problem.expert_map.long(),
     )  # fmt: skip
+    of_all_layers = torch.stack([problem.expert_map.flip(0), problem.expert_map], 1)
+    check(problem, tiles.flow(problem.layer, 16, 2, 1), expert_map=of_all_layers[:, 1])
 
 
 @pytest.mark.parametrize(

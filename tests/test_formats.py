@@ -151,6 +151,9 @@ def test_nvfp4_decode_of_all_bytes_and_scales():
     for dtype in (torch.bfloat16, torch.float32):
         decoded = nvfp4.dequantize(packed, scale, None, dtype)
         assert torch.equal(decoded.double().flatten(1), expected)
+    # Nothing is kept on the device, where it may be discarded while an engine sleeps.
+    nvfp4.dequantize(packed.to("meta"), scale.to("meta"), None)
+    assert {table().device.type for table in (nvfp4._pair_table, nvfp4._scale_table)} == {"cpu"}
     decoded = nvfp4.dequantize(packed, scale, torch.tensor(0.25))
     assert torch.equal(decoded.double().flatten(1), expected / 4)
 

@@ -16,7 +16,7 @@ from test_gpu_matrix import FEW, LAYOUTS, REL_L2_FEW, STEP, experts
 
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import kernel as hopper
-from moe_backend.kernels.hopper import tiles
+from moe_backend.kernels.hopper import once, tiles
 from moe_backend.kernels.hopper.tiles import Once
 from moe_backend.kernels.registry import kernel_named
 from moe_backend.verify.metrics import difference
@@ -163,6 +163,20 @@ def test_pairs_repeat_many_times(case):
     wanted = hopper.run(p.layer, tensors, *given, tiles.pairs(p.layer))
     for _ in range(2000):
         assert torch.equal(hopper.run(p.layer, tensors, *given, tiles.pairs(p.layer)), wanted)
+
+
+def test_counters_outlive_what_pytorch_gives_back():
+    """As vLLM has it: memory of a pool of its own while it loads weights, discarded in its sleep."""
+    pool, device = torch.cuda.MemPool(), torch.device("cuda", 0)
+    once._rooms.pop(device, None)
+    before = torch.cuda.memory_reserved()
+    with torch.cuda.use_mem_pool(pool):
+        once.make_room(device)
+    assert torch.cuda.memory_reserved() == before
+    room = once._rooms[device]
+    assert room.shape == (once.ROOM, once.COUNTERS)
+    assert (room == 0).all()
+    assert not pool.snapshot()
 
 
 def test_once_counts_for_each_stream():

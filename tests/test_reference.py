@@ -99,6 +99,9 @@ def test_op_is_registered_soundly():
     )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(fused_moe._fused_experts_op, arguments, test_utils=tests)
+    turned = problem.x.T.contiguous().T  # dense, its rows not one after another
+    arguments = (turned, *arguments[1:])
+    torch.library.opcheck(fused_moe._fused_experts_op, arguments, test_utils=tests)
 
 
 def test_router_weight_on_input():
@@ -162,6 +165,30 @@ def test_sizes_must_match_the_configuration(field, value, message):
     layer = replace(problem.layer, **{field: value})
     with pytest.raises(ValueError, match=rf"model\.layers\.7\.w13_weight {message}"):
         FusedMoE(layer, problem.weights, where="model.layers.7.")
+
+
+def test_bf16_weights_must_have_the_dtype_of_activations():
+    problem = build(Case("bf16", STEP))
+    weights = Bf16Weights(problem.weights.w13.half(), problem.weights.w2.half())
+    with pytest.raises(ValueError, match=r"^layer\.w13_weight is torch\.float16, activations are"):
+        FusedMoE(problem.layer, weights, where="layer.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.Tensor.half}, "x is torch.float16 x 40 x 128, the layer was prepared for"),
+        ({"x": lambda x: x[:, :64]}, "x is torch.bfloat16 x 40 x 64"),
+        ({"topk_ids": lambda ids: ids[:, :1]}, "topk_ids is 40 x 1, the layer .* for 40 x 2"),
+        ({"topk_weights": lambda w: w[:5]}, "topk_weights is 5 x 2"),
+    ],
+)
+def test_a_call_must_be_what_the_layer_was_prepared_for(change, message):
+    problem = build(Case("bf16", STEP, tokens=40))
+    given = {name: getattr(problem, name) for name in ("x", "topk_weights", "topk_ids")}
+    given |= {name: of(given[name]) for name, of in change.items()}
+    with pytest.raises(ValueError, match=message):
+        fused(problem)(**given)
 
 
 def test_errors_of_selection_name_the_layer():

@@ -277,6 +277,7 @@ def test_the_nearest_row_by_ratio_counts_within_reach():
 
 def test_a_row_runs_calls_near_it(folders):
     put(folders[1], table_of(row(64), row(512, None)))
+    assert choose(LAYER, 0) == tiles.choose(LAYER, 0)  # near no row
     assert choose(LAYER, 64) == choose(LAYER, 100) == TUNED
     assert choose(LAYER, 512) == tiles.choose(LAYER, 512)  # measured: the default is the fastest
     assert choose(LAYER, 8) == tiles.choose(LAYER, 8)

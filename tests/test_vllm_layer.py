@@ -14,6 +14,7 @@ from vllm_layers import DIALECTS, NVFP4_DIALECTS, checkpoint_tensors, format_of,
 
 from moe_backend.layout import shards
 from moe_backend.verify.metrics import difference
+from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import REL_L2
 
@@ -37,6 +38,22 @@ def test_layer_matches_reference(dialect, activation):
     layer.finish()
     out = layer(problem.x, problem.topk_weights, problem.topk_ids)
     assert difference(out, problem.reference).within(REL_L2)
+
+
+@pytest.mark.parametrize("dialect", ["bf16", "fp8_block", "nvfp4_modelopt"])
+def test_routing_weights_on_the_input_count_once(dialect):
+    """As Llama 4 has it: vLLM multiplies the input before it calls the experts."""
+    problem = build(replace(case_of(dialect), top_k=1))
+    layer = make_layer(problem, dialect, apply_router_weight_on_input=True)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    half = torch.full_like(problem.topk_weights, 0.5)
+    ones = torch.ones_like(half)
+    reference = naive_experts(
+        problem.x * 0.5, problem.weights, ones, problem.topk_ids, problem.case.activation
+    )
+    out = layer(problem.x.clone(), half, problem.topk_ids)
+    assert difference(out, reference).within(REL_L2)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

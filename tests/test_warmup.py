@@ -27,6 +27,17 @@ STEP = Activation.from_name("swiglustep")
 KERNELS = [HopperKernel(), TritonKernel()]
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_rows_are_put_one_after_another(kernel):
+    problem = build(Case("nvfp4", STEP))
+    w = problem.weights
+    turned = w.w13.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.ones(len(w.w13), 1).expand(-1, 2)
+    tensors = kernel.prepare(replace(w, w13=turned, w13_global_scale=wide))
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    assert torch.equal(tensors[0], w.w13)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     torch.set_num_threads(1)

@@ -76,6 +76,7 @@ class BlockscaleExperts(mk.FusedMoEExpertsModular):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool = False,
         **_: Any,
     ) -> None:
         if self.fused_moe is None:
@@ -83,6 +84,8 @@ class BlockscaleExperts(mk.FusedMoEExpertsModular):
                 "the experts were called before their weights were prepared; "
                 "process_weights_after_loading has not run on this layer"
             )
+        if apply_router_weight_on_input:  # vLLM's prepare step has multiplied the input by them
+            topk_weights = torch.ones_like(topk_weights)
         output.copy_(
             self.fused_moe(
                 hidden_states, topk_weights, topk_ids, expert_map, tensors=self.read_tensors()

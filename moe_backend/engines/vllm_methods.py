@@ -168,7 +168,6 @@ def _layer_config(layer: Any, weights: Weights) -> LayerConfig:
         dtype=str(config.in_dtype).removeprefix("torch."),
         device=weights.w13.device.type,
         expert_parallel=layer.expert_map is not None,
-        apply_router_weight_on_input=layer.apply_router_weight_on_input,
         w13_block=getattr(weights, "w13_block", None),
         w2_block=getattr(weights, "w2_block", None),
     )

@@ -11,7 +11,7 @@ Sources: byte order and formulas agree with nvidia-modelopt 0.47 `nvfp4_tensor.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -165,21 +165,23 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
 
 
-@lru_cache(maxsize=8)
-def _pair_table(device: torch.device) -> torch.Tensor:
+# Tables are kept on the CPU alone: what is first made while an engine loads weights may lie in
+# memory that it discards when it sleeps (vLLM's sleep level 2).
+@cache
+def _pair_table() -> torch.Tensor:
     """`[256]` int32: the two E2M1 values of each byte as a pair of bf16 bit patterns."""
     half = torch.tensor(E2M1_VALUES)
     values = torch.cat((half, -half)).bfloat16()
     byte = torch.arange(256)
     pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
-    return pairs.view(torch.int32).flatten().to(device)
+    return pairs.view(torch.int32).flatten()
 
 
-@lru_cache(maxsize=8)
-def _scale_table(device: torch.device) -> torch.Tensor:
+@cache
+def _scale_table() -> torch.Tensor:
     """`[256]` int32: each E4M3 value twice as a bf16 bit pattern (exact: 4 significant bits)."""
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
-    return torch.stack((values, values), -1).view(torch.int32).flatten().to(device)
+    return torch.stack((values, values), -1).view(torch.int32).flatten()
 
 
 def dequantize(
@@ -198,8 +200,8 @@ def dequantize(
             is then exact in bf16.
     """
     device = packed.device
-    pairs = _pair_table(device).index_select(0, packed.int().flatten())
-    scales = _scale_table(device).index_select(0, scale.view(torch.uint8).int().flatten())
+    pairs = _pair_table().to(device).index_select(0, packed.int().flatten())
+    scales = _scale_table().to(device).index_select(0, scale.view(torch.uint8).int().flatten())
     values = pairs.view(torch.bfloat16)
     values *= scales.repeat_interleave(GROUP // 2).view(torch.bfloat16)
     decoded = values.view(*packed.shape[:-1], -1)

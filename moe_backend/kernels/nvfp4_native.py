@@ -131,7 +131,8 @@ class Nvfp4NativeKernel:
 
 
 def pad_experts(w: Nvfp4Weights) -> Nvfp4Weights:
-    """Zero rows and columns up to sizes that the GEMM addresses rightly; the tensors if none.
+    """Zero rows and columns up to sizes that the GEMM addresses rightly; in rows that lie one after
+    another.
 
     The hidden size is a column count of w13 and a row count of w2, so it becomes a multiple of 128.
     The intermediate size becomes one of 64: w13 has two such row ranges. A padded gate and up are
@@ -141,7 +142,7 @@ def pad_experts(w: Nvfp4Weights) -> Nvfp4Weights:
     h, i = w.hidden_size, w.intermediate_size
     more_h, more_i = -h % N_MULTIPLE, -i % K_MULTIPLE
     if not more_h and not more_i:
-        return w
+        return replace(w, w13=w.w13.contiguous(), w2=w.w2.contiguous())
 
     def halves(t: torch.Tensor, columns: int) -> torch.Tensor:
         split = t.view(t.shape[0], 2, i, -1)

@@ -77,6 +77,11 @@ class LayerConfig:
         )
 
 
+def in_rows(weights: Weights) -> list[torch.Tensor | None]:
+    """The tensors with their rows one after another, as device code takes them to lie."""
+    return [None if tensor is None else tensor.contiguous() for tensor in weights.tensors()]
+
+
 class Kernel(Protocol):
     """One way to compute the experts.
 

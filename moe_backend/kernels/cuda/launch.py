@@ -82,6 +82,26 @@ def carve(device: torch.device, *sizes: int) -> tuple[torch.Tensor, list[Memory]
     return whole, [Memory(base + start) for start in (0, *ends[:-1])]
 
 
+class _Numbers:
+    """So many int32 of a GPU's memory, for `torch.as_tensor` (the CUDA array interface)."""
+
+    def __init__(self, address: int, count: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (count,), "typestr": "<i4", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+def zeros(device: torch.device, count: int) -> torch.Tensor:
+    """So many int32 zeros, for as long as the process lives, in memory that is not PyTorch's."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # there is a context
+        address = int(_checked(driver.cuMemAlloc(4 * count), "allocating counters"))
+        _checked(driver.cuMemsetD32(address, 0, count), "clearing counters")
+        return torch.as_tensor(_Numbers(address, count), device=device)
+
+
 def packed(tensor: torch.Tensor) -> torch.Tensor:
     """The same, contiguous and from a multiple of 16 bytes on, as copies and wide loads want it."""
     tensor = tensor.contiguous()

@@ -18,7 +18,7 @@ from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import few, flow, once, pairs, route, tiled
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
 from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Tiles
-from moe_backend.kernels.registry import LayerConfig
+from moe_backend.kernels.registry import LayerConfig, in_rows
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
 from moe_backend.kernels.variants import candidates
 
@@ -70,8 +70,7 @@ class HopperKernel:
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         once.make_room(weights.w13.device)
-        # The views that the memory accelerator gets take rows to lie one after another.
-        return [None if t is None else t.contiguous() for t in weights.tensors()]
+        return in_rows(weights)
 
     def apply(
         self,
@@ -123,6 +122,6 @@ def run(
     # Kernels in CUDA C++ read whole numbers of these sizes.
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.int()
-    if expert_map is not None and expert_map.dtype != torch.int32:
-        expert_map = expert_map.int()
+    if expert_map is not None:
+        expert_map = expert_map.to(torch.int32).contiguous()
     return RUN[type(choice)](layer, tensors, x, topk_weights, topk_ids, expert_map, choice)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda.launch import Kernel, launch, packed
+from moe_backend.kernels.cuda import build
+from moe_backend.kernels.cuda.launch import Kernel, launch, packed, zeros
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import (
     ONCE_BLOCKS,
@@ -116,15 +117,15 @@ def make_room(device: torch.device) -> None:
     CUDA graph keeps those of the stream of its capture: graphs of one layer captured on one stream
     must not be replayed at the same time on two.
 
-    Zeros again at each call: an engine that frees the memory of weights while it sleeps, and this
-    with it, gives back other memory when it wakes up, and loads weights again.
+    The memory is the driver's own: what PyTorch gives while an engine loads weights, the engine may
+    discard while it sleeps (vLLM's sleep level 2).
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or build.missing() is not None:
         return
     if device in _rooms:
         _rooms[device].zero_()
     else:
-        _rooms[device] = torch.zeros(ROOM, COUNTERS, dtype=torch.int32, device=device)
+        _rooms[device] = zeros(device, ROOM * COUNTERS).view(ROOM, COUNTERS)
 
 
 def _counters(w13: torch.Tensor) -> torch.Tensor:

@@ -240,6 +240,8 @@ def nearest(rows: Iterable[Row], tokens: int) -> Row | None:
     Time goes with slots per expert, so what matters of two token counts is their ratio: between
     rows of 8 and 32 tokens the border is at 16. At the border the row with fewer tokens counts.
     """
+    if tokens == 0:
+        return None
     found = min(rows, key=lambda r: (abs(math.log(r.tokens / tokens)), r.tokens), default=None)
     if found is None or not tokens / REACH <= found.tokens <= tokens * REACH:
         return None

@@ -15,7 +15,7 @@ import torch
 from moe_backend.activation import ActivationKind
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights, Weights
 from moe_backend.formats.fp8_block import by, cdiv
-from moe_backend.kernels.registry import LayerConfig
+from moe_backend.kernels.registry import LayerConfig, in_rows
 from moe_backend.kernels.variants import MULTIPLE, candidates
 from moe_backend.layout.routing import RoutingPlan, local_ids, plan_routing
 
@@ -99,7 +99,7 @@ class TritonKernel:
         return candidates(layer, most, lambda tokens: blocks(layer, tokens))
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
-        return weights.tensors()
+        return in_rows(weights)
 
     def apply(
         self,
