@@ -54,7 +54,7 @@ test: lint typecheck ## lint, type-check and run the tests
 emulate: dev ## the long runs of AMD machine code on the CPU (3 minutes; needs gcc)
 	$(PY) -m pytest -m emulate $(PYTEST_ARGS)
 
-test-long: dev ## the tests that `make test` leaves out: every layout in every format (20 minutes)
+test-long: dev ## the tests that `make test` leaves out: every layout in every format (25 minutes)
 	$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 sanitize: ## the GPU kernels under compute-sanitizer (NVIDIA; 5 minutes; PY=python where vLLM is installed)

@@ -161,7 +161,7 @@ def environment() -> dict[str, str]:
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, where there is no GPU
         # DeepGEMM compiles what a load needs when that load warms up, not every shape at start.
         "VLLM_DEEP_GEMM_WARMUP": "skip",

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -58,17 +60,20 @@ def main() -> int:
 def ask(model: Path, args: argparse.Namespace, environment: dict[str, str]) -> dict:
     """Serve `model` in a process of its own; `{"completions": [...], "right": [...], ...}`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [sys.executable, __file__, "--answer", str(model), "--json", out.name]
-        command += ["--prompts", str(args.prompts), "--moe-backend", args.moe_backend]
-        command += ["-tp", str(args.tensor_parallel_size)]
-        command += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
-        command += ["--graphs"] if args.graphs else []
-        subprocess.run(command, check=True, env={**os.environ, **environment})
+        own = {**vars(args), "answer": str(model), "json": Path(out.name)}
+        # A fork: where the caller has imported vLLM, the six processes need not.
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=answer, args=(argparse.Namespace(**own), environment))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"{model}: exit code {child.exitcode}")
         return json.loads(Path(out.name).read_text())
 
 
-def answer(args: argparse.Namespace) -> int:
+def answer(args: argparse.Namespace, environment: Mapping[str, str] = {}) -> int:
     """The child: serve one model, ask everything, write what it said."""
+    os.environ.update(environment)
     sys.path[:0] = [str(HERE), str(HERE / "tiny_step")]
     import simple_inference
     import tasks

@@ -47,7 +47,7 @@ def prepare_environment(model: str, ranks: int) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # our own function, own workers
     # A fork after anything has asked CUDA for its devices cannot use the GPU.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     if Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,12 +6,15 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_backend import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,40 +49,44 @@ def _add_doctor(commands: Any) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from moe_backend import doctor
 
     report = doctor.examine()
     console = Console()
-    facts = Table("what", "found", title="Machine", title_justify="left")
-    for name, value in report.facts.items():
-        facts.add_row(name, value)
-    console.print(facts)
-    layers = Table("format", "activation", "kernel", title="Kernel per layer", title_justify="left")
-    for row in report.layers:
-        layers.add_row(row.format, row.activation, row.kernel)
-    console.print(layers)
-    reasons = Table("why", "layers", title="Reasons", title_justify="left")
-    for reason, of in doctor.reasons(report.layers).items():
-        reasons.add_row(reason, ", ".join(of))
-    console.print(reasons)
-    variables = Table(
-        "variable",
-        "value",
-        "what it does",
-        "when unset",
-        title="Environment variables",
-        title_justify="left",
-    )
-    for v in report.variables:
-        variables.add_row(v.name, v.value, v.meaning, v.unset)
-    console.print(variables)
+    console.print(_table("Machine", ["what", "found"], report.facts.items()))
+    layers = [(row.format, row.activation, row.kernel) for row in report.layers]
+    console.print(_table("Kernel per layer", ["format", "activation", "kernel"], layers))
+    reasons = [(why, ", ".join(of)) for why, of in doctor.reasons(report.layers).items()]
+    console.print(_table("Reasons", ["why", "layers"], reasons))
+    variables = [(v.name, v.value, v.meaning, v.unset) for v in report.variables]
+    columns = ["variable", "value", "what it does", "when unset"]
+    console.print(_table("Environment variables", columns, variables, whole=("variable",)))
     for problem in report.problems:
-        console.print(f"[red]problem:[/red] {problem}")
+        console.print(Text.assemble(("problem:", "red"), " ", problem), soft_wrap=True)
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     return 1 if report.problems else 0
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], whole: Sequence[str] = ()
+) -> Table:
+    """All of every cell is shown, on as many lines as it takes.
+
+    Args:
+        whole: columns whose words are to be copied, so that they stay on one line.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name in whole)
+    for row in rows:
+        table.add_row(*map(Text, row))  # brackets are no markup
+    return table
 
 
 # --- verify ---------------------------------------------------------------------------------------
@@ -132,7 +139,8 @@ def _verify(args: argparse.Namespace) -> int:
         results.append(result)
         if not result.ok:
             print(f"WRONG   {result.kernel}: {result.name}: relative L2 {result.rel_l2:.3g}")
-    caught = list(run_controls(args.device))
+    # Without a kernel they would say that the check works, of nothing.
+    caught = list(run_controls(args.device)) if results else []
     for control in caught:
         if not control.caught:
             print(f"UNCAUGHT {control.name}: relative L2 {control.rel_l2:.3g}")
@@ -142,7 +150,8 @@ def _verify(args: argparse.Namespace) -> int:
         mine = [r for r in results if r.kernel == kernel]
         worst = max(r.rel_l2 for r in mine)
         print(f"{kernel}: {len(mine)} cases on {args.device}, worst relative L2 {worst:.2e}")
-    print(f"{len(results)} cases, {wrong} wrong; {len(caught)} controls, {uncaught} uncaught")
+    if results:
+        print(f"{len(results)} cases, {wrong} wrong; {len(caught)} controls, {uncaught} uncaught")
     if args.json:
         report = {
             "cases": [asdict(r) for r in results],

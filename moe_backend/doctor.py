@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from moe_backend import __version__, envs, plugin
+from moe_backend import __version__, envs, nvfp4_paths, plugin
+from moe_backend.comm.policy import parse_override
 from moe_backend.formats import FORMATS
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import table
 from moe_backend.kernels.registry import LayerConfig, select
-from moe_backend.kernels.warmup import cache_folder
+from moe_backend.kernels.warmup import allowed_seconds, cache_folder
 from moe_backend.verify.problems import ACTIVATIONS
 
 
@@ -60,6 +62,7 @@ def examine() -> Report:
     facts["tuned tables"] = _tables()
     facts["vLLM"], facts["--moe-backend blockscale"] = _engine(problems)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    problems += _wrong_variables()
     return Report(facts, _layers(device, problems), _variables(), problems)
 
 
@@ -109,6 +112,9 @@ def _engine(problems: list[str]) -> tuple[str, str]:
         version = vllm.installed_version()
     except ImportError as error:
         return "not installed", f"no: {error}"
+    except Exception as error:  # what it does when it is imported is its own affair
+        problems.append(f"vLLM cannot be imported: {error!r}")
+        return "cannot be imported", "no"
     plugin.register()
     if plugin.failure is not None:
         problems.append(plugin.failure)
@@ -176,6 +182,32 @@ def _named(rows: list[LayerRow], layers: list[LayerRow]) -> list[str]:
         else:
             names += [f"{name} {row.activation.partition('(')[0]}" for row in own]
     return names
+
+
+def _wrong_variables() -> list[str]:
+    """What the readers of the variables would refuse; a kernel's name is tried with the layers."""
+    found = []
+    for read in (
+        nvfp4_paths.requested,
+        allowed_seconds,
+        lambda: parse_override(envs.ALL_REDUCE.get()),
+        _check_tuned,
+    ):
+        try:
+            read()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_tuned() -> None:
+    """A missing table is none at all to an engine, and nothing else would tell of a wrong name."""
+    given = envs.TUNED.get()
+    if given not in (None, table.OFF) and not Path(given).is_dir():
+        raise ValueError(
+            f"{envs.TUNED.name}={given!r}: there is no such folder, so no table of the user's is "
+            f"read; a folder or {table.OFF} is expected (`moe-backend tune` makes the folder)"
+        )
 
 
 def _variables() -> list[VariableRow]:

@@ -60,20 +60,29 @@ class PathChoice:
         return f"nvfp4={self.path} ({self.reason})"
 
 
+def requested() -> Nvfp4Path | None:
+    """What `MOE_BACKEND_NVFP4` asks for; None: the faster one.
+
+    Raises:
+        ValueError: the variable has an unknown value.
+    """
+    given = envs.NVFP4.get()
+    if given in (None, "auto"):
+        return None
+    accepted = ("auto", *Nvfp4Path)
+    if given not in accepted:
+        raise ValueError(f"{envs.NVFP4.name}={given!r} is unknown; accepted: {', '.join(accepted)}")
+    return Nvfp4Path(given)
+
+
 def choose(layer: LayerConfig, deployment: Deployment) -> PathChoice:
     """The path for NVFP4 layers like `layer`: what `MOE_BACKEND_NVFP4` says, or the faster one.
 
     Raises:
         ValueError: the variable has an unknown value.
     """
-    requested = envs.NVFP4.get()
-    if requested not in (None, "auto"):
-        accepted = ("auto", *Nvfp4Path)
-        if requested not in accepted:
-            raise ValueError(
-                f"{envs.NVFP4.name}={requested!r} is unknown; accepted: {', '.join(accepted)}"
-            )
-        return PathChoice(Nvfp4Path(requested), f"{envs.NVFP4.name} is set")
+    if (asked := requested()) is not None:
+        return PathChoice(asked, f"{envs.NVFP4.name} is set")
     if envs.KERNEL.get() == Nvfp4NativeKernel.name:
         return PathChoice(Nvfp4Path.PACKED, f"kernel {Nvfp4NativeKernel.name} multiplies 4 bits")
     packed, folded = folded_bytes(

@@ -19,10 +19,13 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny_step" / "checkpoint"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files that serve models take minutes: dealt out first, so that at the end no worker waits for
-    # another (the Makefile keeps xdist from sorting files by their number of tests).
-    served = {item.path for item in items if "e2e" in item.keywords}
-    items.sort(key=lambda item: item.path not in served)
+    # Files that serve models, and then other slow ones, take minutes: dealt out first, so that at
+    # the end no worker waits for another (the Makefile keeps xdist from sorting files by their
+    # number of tests).
+    served, slow = (
+        {item.path for item in items if mark in item.keywords} for mark in ("e2e", "slow")
+    )
+    items.sort(key=lambda item: (item.path not in served, item.path not in slow))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU; none is visible to torch here")

@@ -575,6 +575,22 @@ def test_shapes_are_listed_without_a_gpu(no_gpu, capsys):
     assert "triton-tuned" in out
 
 
+def test_what_is_named_is_listed_alone(no_gpu, tiny, capsys):
+    assert main(["bench", "--list", "--model", str(tiny), "--tp", "2"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{shape_of(str(tiny), 2, 1).name}: {shape_of(str(tiny), 2, 1).describe()}"
+    assert main(["bench", "--list", "--shape", "minimax-m3"]) == 0
+    assert [name for name in capsys.readouterr().out.split() if name in SHAPES] == ["minimax-m3"]
+    assert main(["bench", "--list", "--tp", "2"]) == 1
+    assert "--tp 2 belongs to --model" in capsys.readouterr().err
+
+
+def test_help_says_that_all_can_be_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "layers to measure, or `all`;" in " ".join(capsys.readouterr().out.split())
+
+
 def test_rows_of_several_runs_are_reported_together(no_gpu, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report.write_json(ROWS[:1], tmp_path / "1.json")

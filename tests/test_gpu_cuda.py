@@ -166,7 +166,7 @@ def test_pairs_repeat_many_times(case):
 
 
 def test_counters_outlive_what_pytorch_gives_back():
-    """As vLLM has it: memory of a pool of its own while it loads weights, discarded in its sleep."""
+    """As vLLM has it: weights are loaded into a pool of their own, and discarded in its sleep."""
     pool, device = torch.cuda.MemPool(), torch.device("cuda", 0)
     once._rooms.pop(device, None)
     before = torch.cuda.memory_reserved()

@@ -244,12 +244,20 @@ def check_targets(
         assert seen or case.local == 1  # cases with a few experts of many have some
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
-    ("top_k", "h", "lone"),
-    [(1, 64, 1), (8, 4160, 0), (8, 4160, 1), (11, 192, 0), (40, 64, 0)],
-    ids=["one", "parts", "without lone slots", "many", "more than lanes"],
+    ("top_k", "h", "lone", "weighted", "pieces"),
+    [
+        (1, 64, 1, True, 1),
+        (1, 64, 1, False, 4),
+        (8, 4160, 0, True, 4),
+        (8, 4160, 0, False, 1),
+        (8, 4160, 1, True, 1),
+        (8, 4160, 1, False, 4),
+        (11, 192, 0, True, 4),
+        (11, 192, 0, False, 1),
+        (40, 64, 0, True, 1),
+        (40, 64, 0, False, 4),
+    ],
 )
 def test_combine(top_k: int, h: int, lone: int, weighted: bool, pieces: int) -> None:
     torch.manual_seed(0)

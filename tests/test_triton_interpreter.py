@@ -44,6 +44,10 @@ results = {}
 for number, case in enumerate(cases()):
     if case.tokens > 10 or case.hidden_size > 256 or number // 2 % 2 != int(sys.argv[1]):
         continue
+    # Of each format every activation, layout and size, but not all of their combinations.
+    odd = case.integer or not case.tokens or (case.w13_block, case.w2_block) != ((128, 128),) * 2
+    if sys.argv[2] == "some" and number % 4 in (1, 2) and not odd:
+        continue
     p = build(case)
     weights = p.weights
     if isinstance(weights, Bf16Weights):
@@ -164,10 +168,13 @@ def interpreted(*commands, seconds=280):
 
 
 @pytest.mark.slow
-def test_device_code_in_the_interpreter():
-    halves = interpreted(("-c", CODE, "0"), ("-c", CODE, "1"), seconds=500)
+@pytest.mark.parametrize(
+    ("share", "fewest"), [("some", 70), pytest.param("all", 120, marks=pytest.mark.long)]
+)
+def test_device_code_in_the_interpreter(share, fewest):
+    halves = interpreted(("-c", CODE, "0", share), ("-c", CODE, "1", share), seconds=500)
     results = {name: found for half in halves for name, found in json.loads(half).items()}
-    assert len(results) > 120
+    assert len(results) > fewest
     assert {name: r for name, (r, ok) in results.items() if not ok} == {}
 
 
@@ -182,13 +189,13 @@ def test_few_tokens_in_the_interpreter():
 
 @pytest.mark.slow
 def test_fused_quantisation_over_random_routings():
-    """Gather, quantisation and scatter in one kernel, 1,000 routings, poisoned buffers."""
+    """Gather, quantisation and scatter in one kernel, 240 routings, poisoned buffers."""
     script = str(Path(__file__).with_name("nvfp4_triton.py"))
-    assert interpreted((script, "500"), (script, "500", "500")) == ["500", "500"]
+    assert interpreted((script, "120"), (script, "120", "120")) == ["120", "120"]
 
 
 @pytest.mark.slow
 def test_grouped_nvfp4_gemm_on_integers():
     """Addresses of rows, codes and blocked scales; scaled dots are not interpreted."""
     script = str(Path(__file__).with_name("nvfp4_triton_gemm.py"))
-    assert interpreted((script, "24"), (script, "24", "24")) == ["24", "24"]
+    assert interpreted((script, "12"), (script, "12", "12")) == ["12", "12"]

@@ -39,7 +39,7 @@ from moe_backend.kernels.hopper.tiles import (
 )
 from moe_backend.kernels.reference import fused_experts
 from moe_backend.kernels.registry import Selection
-from moe_backend.tune import command, gpu
+from moe_backend.tune import command, gpu, store
 from moe_backend.tune.gpu import GpuRunner
 from moe_backend.tune.loop import Checked, Lost, tune
 from moe_backend.verify.problems import Case, build
@@ -617,14 +617,87 @@ def test_a_file_that_is_no_table_is_not_written_over(tmp_path):
         assert file.read_text() == content
 
 
+def test_two_runs_keep_each_others_rows(tmp_path):
+    """The second one begins and ends within the first one's."""
+    file = tmp_path / "t.json"
+
+    def runners(shape, jobs):
+        def of(tokens):
+            if tokens == 256:
+                assert tuned_file(file, straws([]), (64, 512)) == 0
+            return Straw(faster())
+
+        return of
+
+    assert tuned_file(file, runners, (8, 256, 1024)) == 0
+    assert list(read(file, GPU).rows[KEY]) == [8, 64, 256, 512, 1024]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import test_tune as t
+from moe_backend.tune import store
+for tokens in range(int(sys.argv[2]), int(sys.argv[2]) + 40):
+    store.add(Path(sys.argv[1]), t.table_of(t.row(tokens)))
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    root = Path(__file__).parent.parent
+    file = tmp_path / "t.json"
+    starts = (1, 101, 201)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(file), str(start)], cwd=root)
+        for start in starts
+    ]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    rows = read(file, GPU).rows[KEY]
+    assert sorted(rows) == [start + i for start in starts for i in range(40)]
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_file()) == [".t.json.lock", "t.json"]
+
+
+def test_rows_that_this_version_cannot_use_stay(tmp_path):
+    file = tmp_path / "t.json"
+    data = table_of(row(8), row(256), row(1024)).to_data()
+    later = {"method": "magic", "depth": 3}
+    data["layers"][0]["rows"][0]["choice"] = data["layers"][0]["rows"][1]["choice"] = later
+    others = [7, {"layer": {"new": 1}, "rows": [{"tokens": 8}]}]
+    data["layers"] += others
+    data["note"] = "mine"
+    file.write_text(json.dumps(data))
+    assert tuned_file(file, straws([]), (256, 512)) == 0
+    found = json.loads(file.read_text())
+    assert found["note"] == "mine"
+    assert found["layers"][1:] == others
+    rows = found["layers"][0]["rows"]
+    assert [r["tokens"] for r in rows] == [8, 256, 512, 1024]
+    assert [r["choice"] == later for r in rows] == [True, False, False, False]
+
+
+def test_of_two_entries_with_one_key_the_last_gets_the_row(tmp_path):
+    file = tmp_path / "t.json"
+    data = table_of(row(8), row(64, OTHER)).to_data()
+    data["layers"].append(table_of(row(64, OTHER)).to_data()["layers"][0])
+    file.write_text(json.dumps(data))
+    assert store.add(file, table_of(row(64), row(16))) == 3
+    layers = json.loads(file.read_text())["layers"]
+    assert [[r["tokens"] for r in layer["rows"]] for layer in layers] == [[8], [16, 64]]
+    assert read(file, GPU).rows[KEY] == {t: row(t) for t in (8, 16, 64)}
+
+
 SIZES = "--format fp8_block --experts 288 --local 36 --top-k 8 --hidden 4096 --intermediate 1280"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "0 of them found"),
-        (f"--shape step-3.5-ep8 {SIZES}", "2 of them found"),
+        ("", "give --model PATH, --shape NAME, or all sizes (--format, --experts, ...)\n"),
+        (
+            f"--shape step-3.5-ep8 {SIZES}",
+            "or all sizes (--format, --experts, ...), and only one of these",
+        ),
         ("--format bf16 --experts 8", "--top-k, --hidden, --intermediate must be given"),
         (f"{SIZES} --tp 2", "go with --model"),
         (f"{SIZES} --tokens 100000", "slices of 16384"),

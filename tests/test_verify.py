@@ -111,6 +111,15 @@ def test_command_refuses_an_unknown_kernel(capsys):
     assert "accepted: hopper, triton, vllm_cpu, reference, nvfp4_native" in capsys.readouterr().err
 
 
+def test_command_without_a_case_says_only_that(tmp_path, capsys):
+    out = tmp_path / "verify.json"
+    assert cli.main(["verify", "--quick", "--kernel", "hopper", "--json", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "no kernel ran: nothing was verified\n"
+    assert json.loads(out.read_text()) == {"cases": [], "controls": []}
+
+
 def test_results_of_controls_name_them():
     assert {r.name for r in run_controls()} == {c.name for c in controls()}
 

@@ -10,8 +10,17 @@ import torch
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
-from vllm_layers import DIALECTS, NVFP4_DIALECTS, checkpoint_tensors, format_of, make_layer
+from vllm_layers import (
+    DIALECTS,
+    NVFP4_DIALECTS,
+    checkpoint_tensors,
+    format_of,
+    make_layer,
+    reload,
+    reloadable,
+)
 
+from moe_backend.engines.vllm import load_kernels
 from moe_backend.layout import shards
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
@@ -310,6 +319,57 @@ def test_incomplete_reload(dialect):
         layer.finish()
 
 
+def prepacked():
+    """bf16 experts on vLLM's CPU kernel: of the checkpoint's shape and dtype, reordered."""
+    load_kernels()
+    if not hasattr(torch.ops._C, "prepack_moe_weight"):
+        pytest.skip("this vLLM has no compiled code")
+    problem = build(case_of("bf16", ACTIVATIONS[0]))
+    layer = reloadable(problem, "bf16")
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    assert fused.selection.kernel.name == "vllm_cpu"
+    return layer, problem
+
+
+def merged(patch):
+    """An FP8 shard off the block grid: its scales are not those that vLLM's loader fills."""
+    problem = build(replace(case_of("fp8_block"), hidden_size=256))
+    return reloadable(problem, "fp8_block", **tensor_parallel(patch, 4, 1)), problem
+
+
+def test_loading_into_prepacked_weights_is_refused():
+    """Of the same shape and dtype: nothing else would tell, and the answers would be noise."""
+    layer, problem = prepacked()
+    before = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    with pytest.raises(
+        ValueError, match=r"w13_weight is in the layout of kernel vllm_cpu .*reload_"
+    ):
+        layer.load(problem.weights, "bf16")
+    assert torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), before)
+
+
+def test_loading_into_merged_scales_is_refused(monkeypatch):
+    layer, problem = merged(monkeypatch)
+    with pytest.raises(ValueError, match=r"w13_weight_scale_inv has merged .*reload_") as error:
+        layer.load(problem.weights, "fp8_block")
+    assert "NVFP4" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["prepacked", "merged"])
+def test_vllms_reload_goes_on_where_a_plain_load_is_refused(which, monkeypatch):
+    """More than once: what is copied in place keeps the parameter, and its note."""
+    layer, problem = prepacked() if which == "prepacked" else merged(monkeypatch)
+    dialect = problem.case.format
+    before = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    other = build(problem.case, seed=1)
+    for weights in (other.weights, problem.weights):
+        reload(layer, checkpoint_tensors(weights, dialect))
+        after = layer(problem.x, problem.topk_weights, problem.topk_ids)
+        assert torch.equal(after, before) == (weights is problem.weights)
+        with pytest.raises(ValueError, match="reload_weights"):
+            layer.load(weights, dialect)
+
+
 def test_bf16_weights_in_a_quantised_checkpoint():
     with pytest.raises(ValueError, match=r"w2_weight, .*bfloat16; accepted: torch.float8_e4m3fn"):
         load_with("fp8_block", at("w2_weight", "w2", 0, lambda t: t.to(torch.bfloat16)))
@@ -373,8 +433,10 @@ def test_lora_and_batched_formats(changes, message):
         is_act_and_mul=True,
         activation=MoEActivation.SILU,
     )
-    with pytest.raises(ValueError, match=f"blockscale cannot serve model.layers.1 .*{message}"):
+    message = f"blockscale cannot serve model.layers.1 .*{message}"
+    with pytest.raises(ValueError, match=message) as refused:
         refuse_unsupported("model.layers.1", None, config)
+    assert "moe-backend convert" not in str(refused.value)  # no other format would help
 
 
 def unsupported_configs():
@@ -405,6 +467,7 @@ def test_unsupported_quantisation(which):
     _, config = list(unsupported_configs())[which]
     problem = build(Case("bf16", ACTIVATIONS[0]))
     with pytest.raises(
-        ValueError, match=r"--moe-backend blockscale cannot serve .*Supported: bf16"
+        ValueError,
+        match=r"--moe-backend blockscale cannot serve .*Supported: bf16.* `moe-backend convert`",
     ):
         make_layer(problem, "bf16", quant_config=config)

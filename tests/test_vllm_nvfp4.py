@@ -11,7 +11,14 @@ import torch
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
-from vllm_layers import NVFP4_DIALECTS, checkpoint_tensors, make_layer, quant_config
+from vllm_layers import (
+    NVFP4_DIALECTS,
+    checkpoint_tensors,
+    make_layer,
+    quant_config,
+    reload,
+    reloadable,
+)
 
 from moe_backend.formats.folding import fold
 from moe_backend.verify.metrics import difference
@@ -175,32 +182,6 @@ def test_converted_experts_moved_in_place_are_read_in_place(path, monkeypatch):
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
 
-def reloadable(problem, dialect):
-    """A loaded layer of which vLLM knows how its parameters were created."""
-    from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
-
-    layer = make_layer(problem, dialect)
-    record_metadata_for_reloading(layer.experts)
-    layer.load(problem.weights, dialect)
-    layer.finish()
-    return layer
-
-
-def reload(layer, tensors):
-    """vLLM's reload in place of the layer's checkpoint tensors."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload.layerwise import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
-
-    with set_current_vllm_config(layer.config):
-        initialize_layerwise_reload(layer.experts)
-        for tensor in tensors:
-            layer.load_one(*tensor)
-        finalize_layerwise_reload(layer.experts, None)
-
-
 @pytest.mark.usefixtures("packed")
 def test_reload_writes_activation_scales_where_they_were():
     """A captured graph goes on reading them there."""
@@ -243,8 +224,23 @@ def test_loading_into_folded_parameters_is_refused(name):
         for n, shard, e, t in checkpoint_tensors(problem.weights, "nvfp4_modelopt")
         if n == name and e == 2 and shard in ("w1", "w2")
     )
-    with pytest.raises(ValueError, match=rf"{name}: these experts were converted .*=packed"):
+    with pytest.raises(ValueError, match=rf"{name} was converted from NVFP4 \(folded\)"):
         layer.load_one(name, tensor[0], 2, tensor[1])
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dialect", NVFP4_DIALECTS)
+def test_scales_loaded_again_are_refused(dialect):
+    """Their parameters may still be there, but nothing reads them any more."""
+    problem = build(CASE)
+    layer = loaded(problem, dialect)
+    refused = set()
+    for name, shard, expert, tensor in checkpoint_tensors(problem.weights, dialect):
+        if hasattr(layer.experts, name) and not name.endswith(("weight", "weight_scale")):
+            with pytest.raises(ValueError, match=f"{name} was prepared .*reload_weights"):
+                layer.load_one(name, shard, expert, tensor)
+            refused.add(name)
+    assert len(refused) == (2 if dialect.endswith("_a16") else 4)
 
 
 @pytest.mark.usefixtures("folded")

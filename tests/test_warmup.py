@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -206,6 +207,82 @@ def test_the_number_of_calls_is_bounded(counts, monkeypatch):
     report = warm_up(KERNELS[0], p.layer, p.weights.tensors(), 4096)
     assert len(report.called) == 3
     assert len(report.left) > 3
+
+
+def in_another_thread(action):
+    """Runs to its end; gives what it raised."""
+    raised = []
+
+    def run():
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    return raised
+
+
+def test_other_threads_launch_while_variants_are_looked_for(counts):
+    """Of a kernel that nobody has compiled yet, so that Triton asks the process's hook."""
+    p = problem()
+    kernel = KERNELS[1]  # Triton alone
+    run = call(kernel, p, 4)
+    launched = []
+
+    def look():
+        assert in_another_thread(run) == []
+        launched.extend(counts.launched)
+        run()  # what remains is this thread's: compiled by the other one, and not launched
+
+    assert variants_missing(look) == set()
+    assert launched == ["gate_up_kernel", "down_kernel", "sum_kernel"]
+    assert counts.launched == launched
+
+
+def test_a_hook_of_someone_elses_still_hears_of_other_threads(counts, monkeypatch):
+    from triton import knobs
+
+    heard = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **found: heard.append(found["fn"]))
+    run = call(KERNELS[1], problem(), 4)
+    variants_missing(lambda: in_another_thread(run))
+    assert [fn.name for fn in heard] == ["gate_up_kernel", "down_kernel", "sum_kernel"]
+    assert counts.launched
+
+
+def test_warm_ups_do_not_overlap(counts):
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    p = problem()
+    both = []
+    second_began = threading.Event()
+
+    def warm(layer):
+        second_began.set()
+        both.append(warm_up(KERNELS[1], layer, p.weights.tensors(), 64))
+
+    other = replace(p.layer, activation=Activation.from_name("silu"))
+    thread = threading.Thread(target=warm, args=(other,))
+    first, inside = threading.Lock(), []
+
+    def compile_slowly():
+        if first.acquire(blocking=False):  # in the midst of the first one's compiling
+            thread.start()
+            second_began.wait(60)
+            time.sleep(0.2)
+            inside.append(len(both))
+
+    counts.compile = compile_slowly
+    assert warm_up(KERNELS[1], p.layer, p.weights.tensors(), 64) is not None
+    thread.join(60)
+    assert inside == [0]
+    assert both[0] is not None
+    assert JITFunction.run is run
 
 
 def test_a_kernel_that_compiles_nothing_is_not_called():

@@ -188,6 +188,31 @@ def make_layer(
     return Layer(runner, config)
 
 
+def reloadable(problem: Problem, dialect: str, **kw: Any) -> Layer:
+    """A loaded layer of which vLLM knows how its parameters were created."""
+    from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
+
+    layer = make_layer(problem, dialect, **kw)
+    record_metadata_for_reloading(layer.experts)
+    layer.load(problem.weights, dialect)
+    layer.finish()
+    return layer
+
+
+def reload(layer: Layer, tensors: list[tuple[str, str, int, torch.Tensor]]) -> None:
+    """vLLM's reload in place of the layer's checkpoint tensors."""
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    with set_current_vllm_config(layer.config):
+        initialize_layerwise_reload(layer.experts)
+        for tensor in tensors:
+            layer.load_one(*tensor)
+        finalize_layerwise_reload(layer.experts, None)
+
+
 def checkpoint_tensors(weights: Any, dialect: str) -> list[tuple[str, str, int, torch.Tensor]]:
     """`(parameter, shard, expert, tensor)` of a checkpoint in a dialect."""
     out: list[tuple[str, str, int, torch.Tensor]] = []

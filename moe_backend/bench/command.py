@@ -23,14 +23,19 @@ from moe_backend.engines import vllm_rivals
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run_bench` reads to `parser`."""
-    parser.add_argument("--list", action="store_true", help="print the shapes and rivals and stop")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the shapes and rivals, or the one of --model, and stop",
+    )
     parser.add_argument(
         "--shape",
         nargs="+",
         action="extend",
         choices=[*SHAPES, "all"],
         metavar="NAME",
-        help="layers to measure; default: those that this project is judged by; see --list",
+        help="layers to measure, or `all`; default: those that this project is judged by; see "
+        "--list",
     )
     parser.add_argument("--model", metavar="PATH", help="measure a checkpoint's experts instead")
     parser.add_argument(
@@ -89,7 +94,7 @@ def run_bench(args: argparse.Namespace) -> int:
         ValueError: nothing can be measured here, or the options do not fit together.
     """
     if args.list:
-        return _list()
+        return _list(args)
     _check_outputs(args)
     if args.read:
         rows = [row for file in args.read for row in report.read_json(file)]
@@ -192,8 +197,11 @@ def _shapes(args: argparse.Namespace) -> list[Shape]:
     return [shape.at(args.tokens) for shape in shapes] if args.tokens else shapes
 
 
-def _list() -> int:
-    for shape in SHAPES.values():
+def _list(args: argparse.Namespace) -> int:
+    named = _shapes(args)
+    if args.model is not None:
+        return 0  # its line has been printed
+    for shape in named if args.shape else SHAPES.values():
         usual = " *" if shape.name in USUAL else ""
         print(f"{shape.name + usual:25} {shape.describe()}")
     print("* measured where no --shape is named")

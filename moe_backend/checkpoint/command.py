@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 
 from moe_backend.checkpoint.convert import MAX_SHARD_BYTES, TARGETS, convert
-from moe_backend.checkpoint.reader import CheckpointError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -38,19 +36,20 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Convert and print a summary; 0 on success, 1 with a message on stderr otherwise."""
-    try:
-        report = convert(
-            args.src,
-            args.dst,
-            args.to,
-            sync_gate_up=not args.no_sync_gate_up,
-            max_shard_bytes=args.max_shard_size,
-            progress=not args.no_progress,
-        )
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Convert and print a summary; always 0.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be converted.
+        OSError: a file cannot be read or written.
+    """
+    report = convert(
+        args.src,
+        args.dst,
+        args.to,
+        sync_gate_up=not args.no_sync_gate_up,
+        max_shard_bytes=args.max_shard_size,
+        progress=not args.no_progress,
+    )
     smaller = report.bytes_before / max(report.bytes_after, 1)
     print(f"wrote       {args.dst} ({report.target})")
     print(

@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{report.source}; {report.status}"
         )
     if args.save and not cache.save(machine, results):
-        print(f"{cache.folder()} cannot be written; nothing was kept", file=sys.stderr)
+        where = cache.folder()
+        why = "there is no home folder" if where is None else f"{where} cannot be written"
+        print(f"{why}; nothing was kept", file=sys.stderr)
     if args.json:
         record = {
             "machine": asdict(machine),

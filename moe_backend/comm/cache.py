@@ -1,7 +1,8 @@
 """Verdicts of earlier starts, and the mark of a start that did not come through.
 
 One file per `Machine.key` under `$XDG_CACHE_HOME/moe-backend/comm` (else `~/.cache/...`). Deleting
-the folder is always safe. A folder that cannot be written only means that nothing is remembered.
+the folder is always safe. A folder that cannot be written, or a user without a home, only means
+that nothing is remembered.
 """
 
 from __future__ import annotations
@@ -19,24 +20,30 @@ from typing import Any
 
 from moe_backend.comm.machine import Machine
 from moe_backend.comm.policy import ProbeResult
+from moe_backend.folders import cache_root
 
 
-def folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moe-backend" / "comm"  # with a hyphen: not to be taken for the package
+def folder() -> Path | None:
+    """Where all of it is; None without a home folder."""
+    root = cache_root()
+    return None if root is None else root / "comm"
 
 
-def verdict_file(machine: Machine) -> Path:
-    return folder() / f"{machine.key}.json"
+def verdict_file(machine: Machine) -> Path | None:
+    where = folder()
+    return None if where is None else where / f"{machine.key}.json"
 
 
 def load(machine: Machine) -> dict[str, ProbeResult]:
     """What earlier starts found; empty if nothing readable is there."""
+    file = verdict_file(machine)
+    if file is None:
+        return {}
     try:
-        stored = json.loads(verdict_file(machine).read_text())["results"]
+        stored = json.loads(file.read_text())["results"]
         return {name: ProbeResult(**fields) for name, fields in stored.items()}
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
-        return {}  # RuntimeError: Path.home() without a home
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def save(machine: Machine, results: Mapping[str, ProbeResult]) -> bool:
@@ -44,6 +51,9 @@ def save(machine: Machine, results: Mapping[str, ProbeResult]) -> bool:
 
     That torch.distributed failed is not stored: every later start would be refused untried.
     """
+    target = verdict_file(machine)
+    if target is None:
+        return False
     merged = {**load(machine), **results}
     if "torch" in merged and merged["torch"].bad:
         del merged["torch"]
@@ -53,12 +63,11 @@ def save(machine: Machine, results: Mapping[str, ProbeResult]) -> bool:
         "results": {name: asdict(result) for name, result in merged.items()},
     }
     try:
-        target = verdict_file(machine)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
             json.dump(record, file, indent=1)
         os.replace(file.name, target)
-    except (OSError, RuntimeError):
+    except OSError:
         return False
     return True
 
@@ -66,12 +75,16 @@ def save(machine: Machine, results: Mapping[str, ProbeResult]) -> bool:
 @contextlib.contextmanager
 def marked(machine: Machine, paths: list[str]) -> Iterator[None]:
     """While open, a file says that these paths are being built; it stays behind if we die."""
-    mark = folder() / f"{machine.key}.{os.getpid()}.pending"
-    with contextlib.suppress(OSError, RuntimeError):
+    where = folder()
+    if where is None:
+        yield
+        return
+    mark = where / f"{machine.key}.{os.getpid()}.pending"
+    with contextlib.suppress(OSError):
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps({"paths": paths, "process": _identity(os.getpid())}))
     yield  # not in try/finally: an exception is a start that did not come through
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError):
         mark.unlink()
 
 
@@ -82,9 +95,12 @@ def unfinished(machine: Machine, clear: bool = False) -> list[str]:
         clear: forget them.
     """
     paths: list[str] = []
+    where = folder()
+    if where is None:
+        return []
     try:
-        marks = sorted(folder().glob(f"{machine.key}.*.pending"))
-    except (OSError, RuntimeError):
+        marks = sorted(where.glob(f"{machine.key}.*.pending"))
+    except OSError:
         return []
     for mark in marks:
         try:

@@ -8,8 +8,9 @@ from typing import Literal
 
 from moe_backend.comm.checks import Outcome
 from moe_backend.comm.paths import PATHS
+from moe_backend.envs import ALL_REDUCE
 
-VARIABLE = "MOE_BACKEND_ALL_REDUCE"
+VARIABLE = ALL_REDUCE.name
 
 BAD: frozenset[str] = frozenset({"nan", "wrong", "error", "crash", "hang"})
 

@@ -146,7 +146,9 @@ def _hook_routed_experts(module: ModuleType) -> None:
             try:
                 method = original(self, prefix, quant_config, moe_config)
             except (ValueError, NotImplementedError, KeyError) as error:
-                raise vllm_experts.unsupported(prefix, quant_config, str(error)) from error
+                raise vllm_experts.unsupported(
+                    prefix, quant_config, str(error), of_format=True
+                ) from error
         return vllm_methods.adopt(method, prefix, quant_config)
 
     _get_quant_method.is_moe_backend = True  # type: ignore[attr-defined]

@@ -13,15 +13,14 @@ Private names used, checked on vLLM 0.30.0, 0.31.0, 0.32.0 and 0.33.0 (read; CPU
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moe_backend.comm.checks import World
-from moe_backend.comm.policy import VARIABLE
 from moe_backend.engines.vllm import NAME
+from moe_backend.envs import ALL_REDUCE
 
 SUPPORTED_BASES = ("CudaCommunicator", "CpuCommunicator")
 
@@ -58,7 +57,7 @@ def wanted() -> bool:
     if config is not None and config.parallel_config.enable_elastic_ep:
         # vLLM stateless_coordinator.py asserts that the class is CudaCommunicator itself.
         return False
-    if os.environ.get(VARIABLE):
+    if ALL_REDUCE.get() is not None:
         return True
     return config is not None and bool(config.kernel_config.moe_backend == NAME)
 

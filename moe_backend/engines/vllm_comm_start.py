@@ -54,6 +54,7 @@ from moe_backend.engines.vllm_comm_switch import (
     stand_in_for_pynccl,
     switch_off,
 )
+from moe_backend.envs import ALL_REDUCE
 
 logger = logging.getLogger("vllm.moe_backend")
 
@@ -132,7 +133,7 @@ class Start:
             linked = _fully_linked([physical for _, _, physical, _ in everyone])
             identities = [(host, device) for host, device, _, _ in everyone]
             machine = describe(self.world.device, identities, linked)
-            text = os.environ.get(VARIABLE)
+            text = ALL_REDUCE.get()
             remembered = cache.load(machine), cache.unfinished(machine)
             agreed = [(text, self.tries, machine, *remembered)]
         _broadcast(agreed, self.world)

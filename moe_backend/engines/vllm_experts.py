@@ -136,11 +136,13 @@ def refuse_unsupported(prefix: str, quant_config: Any, moe_config: Any) -> None:
         Activation.from_name(moe_config.activation.value)  # raises, naming the accepted ones
 
 
-def unsupported(prefix: str, quant_config: Any, why: str) -> ValueError:
-    """The error for a layer that our backend cannot serve."""
+def unsupported(prefix: str, quant_config: Any, why: str, *, of_format: bool = False) -> ValueError:
+    """The error for a layer that our backend cannot serve, perhaps because of its format."""
     scheme = "unquantised" if quant_config is None else type(quant_config).__name__
+    # Another format of the experts would do, if there is a bf16 checkpoint to make it from.
+    convert = ", or convert its bf16 original with `moe-backend convert`" if of_format else ""
     return ValueError(
         f"--moe-backend {NAME} cannot serve {prefix} ({scheme}): {why}. Supported: bf16, FP8 with "
         "block scales and dynamic activations, NVFP4 (modelopt, compressed-tensors; W4A4, W4A16). "
-        "Use another --moe-backend for this model, or convert it with `moe-backend convert`."
+        f"Use another --moe-backend for this model{convert}."
     )

@@ -24,6 +24,7 @@ _WITHOUT_LOADER = ("dummy", "sharded_state", "runai_streamer_sharded", "tensoriz
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SCALES = (*_FLOATS, torch.float8_e8m0fnu)
+_CONVERTED = "moe_backend_converted"  # set on parameters, with what was done to them
 Shape = tuple[int, ...]
 
 
@@ -97,6 +98,17 @@ class LoadRecord:
             self.expected[name] = (shape, dtypes)
             self.created[name] = (parameter.dtype, tuple(parameter.shape))
 
+    def note_converted(self, name: str, how: str) -> None:
+        """Remember that a parameter no longer holds, or no longer means, the checkpoint's tensors.
+
+        The note is on the parameter itself: vLLM's reload loads into new ones, made as those before
+        preparation were, and shape and dtype need not tell the two apart.
+
+        Args:
+            how: what was done to it, a clause whose subject is the parameter.
+        """
+        setattr(getattr(self.layer, name), _CONVERTED, how)
+
     def poison(self) -> None:
         """Fill every scale with NaN, so that a slot which nothing writes cannot pass for one."""
         for name in self.expected:
@@ -116,17 +128,12 @@ class LoadRecord:
 
         Raises:
             ValueError: the tensor has the wrong shape or dtype for its parameter, or the parameter
-                no longer has the checkpoint's format.
+                no longer holds what the checkpoint does.
         """
         name = weight_name.rsplit(".", 1)[-1]
         stacked = loaded_weight.ndim == 3
         if name in self.expected:
-            if (param.dtype, tuple(param.shape)) != self.created[name]:
-                raise ValueError(
-                    f"{self.layer.layer_name}.{name}: these experts were converted from NVFP4 "
-                    "when they were loaded, and the checkpoint's tensors no longer fit. Reload "
-                    "with vLLM's reload_weights, or serve with MOE_BACKEND_NVFP4=packed."
-                )
+            self._refuse_converted(name, param)
             self._check(name, loaded_weight, shard_id, expert_id, stacked)
         result = self.loader(
             param=param,
@@ -139,6 +146,22 @@ class LoadRecord:
         local = range(self.layer.local_num_experts) if stacked else [self._local(expert_id)]
         self.seen.setdefault((name, shard_id), set()).update(e for e in local if e >= 0)
         return result
+
+    def _refuse_converted(self, name: str, param: torch.nn.Parameter) -> None:
+        """A second load as plain as the first would write what the kernel takes for something else.
+
+        Raises:
+            ValueError: the parameter was converted.
+        """
+        how = getattr(param, _CONVERTED, None)
+        if how is None and (param.dtype, tuple(param.shape)) != self.created[name]:
+            how = "has another shape or dtype"  # vLLM's own processing changed it
+        if how is not None:
+            raise ValueError(
+                f"{self.layer.layer_name}.{name} {how} since these experts were loaded, and the "
+                "checkpoint's tensors cannot be loaded into it again. Reload with vLLM's "
+                "reload_weights, which prepares them anew."
+            )
 
     def _local(self, expert_id: int) -> int:
         return int(self.layer._map_global_expert_id_to_local_expert_id(expert_id))

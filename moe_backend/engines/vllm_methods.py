@@ -52,10 +52,13 @@ def adopt(method: Any, prefix: str, quant_config: Any) -> Any:
     """
     experts = getattr(method, "experts_cls", None)
     if experts is None or not issubclass(experts, BlockscaleExperts):
-        raise unsupported(prefix, quant_config, f"{type(method).__name__} did not take our experts")
+        why = f"{type(method).__name__} did not take our experts"
+        raise unsupported(prefix, quant_config, why, of_format=True)
     if type(method).__name__ not in _METHODS:
         known = ", ".join(_METHODS)
-        raise unsupported(prefix, quant_config, f"{type(method).__name__} is none of {known}")
+        raise unsupported(
+            prefix, quant_config, f"{type(method).__name__} is none of {known}", of_format=True
+        )
     method.__class__ = _adopted(type(method))  # type: ignore[arg-type]
     return method
 
@@ -124,11 +127,18 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
             f"{layer.layer_name}: kernel {kernel.name} ({fused.selection.reason}) cannot be "
             "captured in a CUDA graph. Serve with --enforce-eager."
         )
+    record: LoadRecord = layer.moe_backend_load_record
+    how = f"is in the layout of kernel {kernel.name}"
+    if weights is not packed:
+        how = f"was converted from {packed.name.upper()} ({path})"
     tensors = fused.hand_over()  # in the order of `Weights.tensors()`, whatever the kernel
     for name, tensor in zip(parameters, tensors[: len(parameters)], strict=True):
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)
+            record.note_converted(name, how)
+    if isinstance(packed, Nvfp4Weights):
+        vllm_nvfp4.note_scales(layer, record)
     if isinstance(packed, Nvfp4Weights) and weights is not packed:
         vllm_nvfp4.forget_packed_scales(layer, method, path)
     experts = method.moe_kernel.fused_experts
@@ -214,6 +224,7 @@ def _merge_fp8_scales(layer: Any, method: Any) -> _Fp8Blocks:
             where = f"{layer.layer_name}.{name}"
             merged = merge_scale(getattr(layer, name).data, axis, refined, block, where)
             replace_parameter(layer, name, merged)
+            layer.moe_backend_load_record.note_converted(name, "has merged blocks")
     return _Fp8Blocks((refined_n, k), (n, refined_k))
 
 

@@ -18,6 +18,7 @@ import torch
 from vllm.model_executor.utils import replace_parameter
 
 from moe_backend import nvfp4_paths
+from moe_backend.engines.vllm_loading import LoadRecord
 from moe_backend.engines.vllm_ranks import max_over_ranks
 from moe_backend.formats import Nvfp4Weights
 from moe_backend.formats.checks import expect_positive
@@ -108,6 +109,14 @@ def _expect_scales(layer: Any, name: str) -> None:
 def keep_scales(layer: Any, kept: Scales) -> None:
     """Both global scales of w13 as a parameter, so that EPLB moves them with their experts."""
     replace_parameter(layer, "moe_backend_w13_global_scale", kept.w13_global)
+
+
+def note_scales(layer: Any, record: LoadRecord) -> None:
+    """Global and input scales are copied once; what is loaded into them later goes unread."""
+    for name in record.expected:
+        kind = name.partition("_")[2]
+        if kind not in ("weight", "weight_scale") and getattr(layer, name, None) is not None:
+            record.note_converted(name, "was prepared with the other NVFP4 scales")
 
 
 def read(layer: Any, kept: Scales) -> list[torch.Tensor | None]:

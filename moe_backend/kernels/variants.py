@@ -54,8 +54,12 @@ def variants_missing(call: Callable[[], None]) -> set[Variant]:
     from triton import knobs
 
     missing: set[Variant] = set()
+    thread = threading.get_ident()
+    previous = knobs.runtime.jit_cache_hook
 
-    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+    def note(*, key: Any, fn: Any, **others: Any) -> bool:
+        if threading.get_ident() != thread:  # the hook is the process's; that launch is a real one
+            return previous is not None and bool(previous(key=key, fn=fn, **others))
         missing.add((fn.module, fn.name, str(key)))
         return True  # do not compile it
 
@@ -63,7 +67,6 @@ def variants_missing(call: Callable[[], None]) -> set[Variant]:
         if not launch.is_loaded(kernel):
             missing.add((str(kernel.source), kernel.name, str(kernel[2:])))
 
-    previous = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
     try:
         with _without_launches(note_cuda):
@@ -135,7 +138,8 @@ class _Until(ThreadPoolExecutor):
 def _without_launches(cuda: Callable[[launch.Kernel], None]) -> Iterator[None]:
     """Within, this thread's launches end before the launch; those in CUDA C++ tell `cuda`.
 
-    Triton compiles what it has not, or asks its hook.
+    Triton compiles what it has not, or asks its hook. Not for two threads at once: what the second
+    takes for Triton's own would stay.
     """
     from triton.runtime.jit import JITFunction
 

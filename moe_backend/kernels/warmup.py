@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from moe_backend import envs
+from moe_backend import envs, folders
 from moe_backend.kernels.registry import Kernel, LayerConfig
 from moe_backend.kernels.variants import Variant, compile_variants, variants_missing
 
@@ -26,6 +27,7 @@ SECONDS = 120.0  # unless MOE_BACKEND_WARMUP says otherwise
 MAX_CALLS = 512  # bounds what the time does not: variants that are all in Triton's cache
 
 _warmed: set[tuple[str, LayerConfig, torch.device, int]] = set()
+_one_at_a_time = threading.Lock()  # it changes Triton for the whole process meanwhile
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,17 @@ def warm_up(
         ValueError: MOE_BACKEND_WARMUP is not a number of seconds.
     """
     bound = allowed_seconds()
+    with _one_at_a_time:
+        return _warm_up(kernel, layer, tensors, max_tokens, bound)
+
+
+def _warm_up(
+    kernel: Kernel,
+    layer: LayerConfig,
+    tensors: list[torch.Tensor | None],
+    max_tokens: int,
+    bound: float,
+) -> Report | None:
     assert tensors[0] is not None
     device = tensors[0].device
     key = (kernel.name, layer, device, max_tokens)
@@ -146,7 +159,9 @@ def cache_folder() -> str:
         return "none: Triton is not installed"
     if os.environ.get("TRITON_CACHE_DIR"):
         return os.environ["TRITON_CACHE_DIR"]
-    home = os.environ.get("TRITON_HOME") or str(Path.home())
+    home = os.environ.get("TRITON_HOME") or folders.home()
+    if home is None:  # Triton takes `~` for a folder's name then
+        return f"{Path('~', '.triton', 'cache').absolute()}, as there is no home folder"
     return str(Path(home) / ".triton" / "cache")
 
 

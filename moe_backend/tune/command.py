@@ -20,6 +20,7 @@ from moe_backend.kernels.hopper import methods, table
 from moe_backend.kernels.hopper import tiles as defaults
 from moe_backend.kernels.hopper.kernel import PARTIAL_ELEMENTS, HopperKernel, shape_refusal
 from moe_backend.kernels.triton.kernel import slice_tokens
+from moe_backend.tune import store
 from moe_backend.tune.loop import Lost, Outcome, Runner, tune
 
 TOKENS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192)
@@ -80,7 +81,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=f"the table (default: the user's for this GPU; {envs.TUNED.name} names its folder); "
-        "rows that it has are kept",
+        "rows that it has are kept, also those that another run adds meanwhile",
     )
     parser.add_argument("--again", action="store_true", help="measure rows that exist as well")
     parser.add_argument(
@@ -136,9 +137,9 @@ def tune_shapes(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    if file.exists():
-        _refuse_foreign(file, gpu)
+    store.refuse_foreign(file, gpu)
     known = table.read(file, gpu) if file.exists() else table.Table(gpu)
+    found, in_file = table.Table(gpu), 0
     counts = sorted(set(tokens))
     todo = {}
     for shape in shapes:
@@ -172,8 +173,8 @@ def tune_shapes(
                     outcome = tune(runner, shape.layer(), count, versions(), tell)
                     del runner
                     if outcome.row is not None:
-                        known.put(table.Key.of(shape.layer()), outcome.row)
-                        table.write(file, known)
+                        found.put(table.Key.of(shape.layer()), outcome.row)
+                        in_file = store.add(file, found)
                     done.append(Done(shape, count, outcome))
                     bar.advance(rows)
                 del runner_for
@@ -187,7 +188,7 @@ def tune_shapes(
         code = 1
     _summary(done)
     if any(d.outcome.row is not None for d in done):
-        console.print(f"{file}: {sum(map(len, known.rows.values()))} rows", soft_wrap=True)
+        console.print(f"{file}: {in_file} rows", soft_wrap=True)
         if file.resolve() not in [f.resolve() for f in table.files(gpu)]:
             console.print(
                 f"Engines read it named {table.file_name(gpu)}, in the folder that "
@@ -216,8 +217,8 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
     ways = [bool(args.model), bool(args.shape), bool(sizes)]
     if sum(ways) != 1:
         raise ValueError(
-            "one of --model, --shape, or the sizes (--format, --experts, ...) is expected, "
-            f"{sum(ways)} of them found"
+            "give --model PATH, --shape NAME, or all sizes (--format, --experts, ...)"
+            + (", and only one of these" if any(ways) else "")
         )
     if not args.model and (args.tp or args.ep or args.enable_expert_parallel):
         raise ValueError(
@@ -275,22 +276,19 @@ def _check_tokens(shape: Shape, tokens: list[int]) -> None:
 
 
 def _own_file(gpu: str) -> Path:
-    folder = table.user_folder()
+    try:
+        folder = table.user_folder()
+    except RuntimeError:
+        raise ValueError(
+            f"there is no home folder for the table; give --out FILE, or a folder in "
+            f"{envs.TUNED.name}"
+        ) from None
     if folder is None:
         raise ValueError(
             f"{envs.TUNED.name} is {table.OFF}, so no table would be read; give --out FILE, or "
             "unset it"
         )
     return folder / table.file_name(gpu)
-
-
-def _refuse_foreign(file: Path, gpu: str) -> None:
-    """Raises ValueError if `file` holds something that is not a table for this GPU."""
-    if not table.is_table(file, gpu):
-        raise ValueError(
-            f"{file} exists and is not a version {table.VERSION} table for {gpu}; it would be "
-            "written over. Give another --out, or move it away."
-        )
 
 
 def _summary(done: list[Done]) -> None:

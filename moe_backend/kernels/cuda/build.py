@@ -16,17 +16,16 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from moe_backend import folders
+
 ARCHITECTURE = "sm_90a"  # wgmma and setmaxnreg are in no other
 Constants = Iterable[tuple[str, int]]  # macros and their values
 
 
 def folder() -> Path | None:
     """Where machine code is kept from one start to the next, if anywhere."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and no entry in the list of users
-        return None
-    return Path(root) / "moe-backend" / "cuda"
+    root = folders.cache_root()
+    return None if root is None else root / "cuda"
 
 
 @cache
