@@ -149,7 +149,11 @@ def test_padding_keeps_every_value():
         assert p13.count_nonzero() == w13.count_nonzero()
         assert p2.count_nonzero() == w2.count_nonzero()
     whole = build(Case("nvfp4", ACTIVATIONS[0])).weights
-    assert pad_experts(whole) is whole
+    same = pad_experts(whole)
+    assert (same.w13.data_ptr(), same.w2.data_ptr()) == (whole.w13.data_ptr(), whole.w2.data_ptr())
+    turned = replace(whole, w2=whole.w2.transpose(1, 2).contiguous().transpose(1, 2))
+    assert pad_experts(turned).w2.is_contiguous()
+    assert torch.equal(pad_experts(turned).w2, whole.w2)
 
 
 def test_nothing_is_read_back():
