@@ -160,9 +160,10 @@ BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
 # that reading them takes all the time anyway.
 FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
 FEW_SLOTS, FEW_BYTES = 64, 250e6
-# But not where weights flow in: Qwen3-235B's shards took 67.6 and 92.3 us with 8 tokens (Marlin and
-# Humming 59.5 and 78.9), and flow took 63.5 and 100 with 16.
-FLOW_FROM = (Nvfp4Weights.name,)
+# Formats whose narrow shards go on with `Flow`, if it can run them, after FEW_TOKENS: Qwen3-235B's
+# in NVFP4 took 67.6 and 92.3 us with 8 tokens (Marlin and Humming 59.5 and 78.9), and with `Flow`
+# 63.5 and 100 with 16; it has not been timed with 5 to 8.
+NARROW_FLOWS = (Nvfp4Weights.name,)
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).
 ENOUGH_TILES = 528
@@ -212,7 +213,7 @@ def choose(layer: LayerConfig, tokens: int) -> Choice:
     enough = tokens >= ONCE_FROM.get(layer.format, 1) or slots * expert > ONCE_FROM_BYTES
     if once and enough:
         return Once(1)
-    flows = flowing is not None and layer.format in FLOW_FROM
+    flows = flowing is not None and layer.format in NARROW_FLOWS
     narrow = layer.intermediate_size <= NARROW and not flows
     most = FEW_TOKENS_NARROW if narrow else FEW_TOKENS
     if tokens <= most and tokens * layer.top_k <= FEW_SLOTS and slots * expert <= FEW_BYTES:
