@@ -3,7 +3,7 @@
     python benchmarks/choices.py SHAPE --tokens 64 256 [--choices default "flow 8 4 1"] [--json F]
 
 A choice is `default` (what runs such a call here), `untuned` (the same without tuned tables),
-`tiled` (the method without those in CUDA C++ and for few tokens), `once BLOCKS`,
+`tiled` (the method without those in CUDA C++ and for few tokens), `few`, `once BLOCKS`,
 `flow TOKENS GROUPS BLOCKS` with as many stages as fit, `pairs STAGES`, or JSON as in a tuned table.
 Each is checked against plain torch and repeated bit for bit, as `moe-backend tune` does, with the
 routing that is most typical of 64 draws; then the median time of CUDA graph replays counts. Exit
@@ -91,6 +91,7 @@ NAMED: dict[str, Any] = {
     "default": choose,
     "untuned": tiles.choose,
     "tiled": tiles.tiles,
+    "few": tiles.few,
     "once": lambda layer, tokens, blocks: tiles.Once(blocks),
     "flow": lambda layer, tokens, *numbers: tiles.flow(layer, *numbers),
     "pairs": lambda layer, tokens, stages: tiles.Pairs(stages),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -351,6 +352,51 @@ def test_timing_after_reading(monkeypatch):
     assert measure.microseconds(lambda: done.append("replay"), 60, "read") == 2000.0
     # The first five take 18 from the first event to the last: 3.6 each.
     assert done == ["read", "record", "replay", "record"] * (5 + 15 * 10 // 36 + 60 * 10 // 36)
+
+
+def test_timing_among_layers(monkeypatch):
+    """A call costs 7 ms and the reading before it 3: 7 of 10 are the call's."""
+    recorded, clock = [], [0.0]
+    costs = {"read": 3.0, "call": 7.0}
+
+    class Graph:
+        def replay(self):
+            clock[0] += sum(costs[done] for done in self.work)
+
+    @contextlib.contextmanager
+    def graph(made):
+        recorded.clear()
+        yield
+        made.work = list(recorded)
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Other:
+        def sum(self):
+            recorded.append("read")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: Other())
+    made = []
+    monkeypatch.setattr(measure, "capture", lambda call, args: (made.append, torch.empty(0)))
+
+    def call(*args):
+        recorded.append("call")
+
+    assert measure._microseconds(call, (), made.append, 60, "layers") == 7000.0
+    assert measure.quick_milliseconds(call, (), "layers") == 7.0
+    assert made == []  # a graph of one call is not what counts
 
 
 def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):

@@ -554,11 +554,7 @@ def test_matrices_of_mmas_are_known_to_be_the_same_for_all_lanes(kernels_of, nam
     one, which made NVFP4 at 64 tokens a tenth slower.
     """
     _, found, _ = kernels_of(name, 64, tiles.choose(SHAPES[name].layer(), 64))
-    code, _ = build._compile(found.source, build._options(found.constants))
-    (tmp_path / "code").write_bytes(code)
-    told = subprocess.run(
-        [DISASSEMBLER, "-c", tmp_path / "code"], capture_output=True, text=True, check=True
-    ).stdout
+    told = disassembled(found, tmp_path)
     loops = list(loops_of(told))
     mmas = [loop for loop in loops if sum("GMMA" in line for line in loop) >= 8]
     assert len(mmas) >= 2  # of both GEMMs
@@ -567,10 +563,58 @@ def test_matrices_of_mmas_are_known_to_be_the_same_for_all_lanes(kernels_of, nam
             assert sum("R2UR" in line for line in loop) <= 2
 
 
+@compiles
+@pytest.mark.skipif(not DISASSEMBLER.exists(), reason="Triton's nvdisasm is not there")
+@pytest.mark.parametrize(
+    ("name", "tokens", "streamed"),
+    [
+        ("step-3.5-ep8", 256, False),  # tiles of 16
+        ("step-3.5-ep8", 512, True),
+        ("step-3.5-ep8", 4096, True),
+        ("deepseek-v4-flash-ep8", 64, True),
+        ("deepseek-v4-flash-ep8", 4096, True),
+        ("step-3.5-tp8-even", 1024, False),  # rows of 160 bytes
+        ("step-3.5-tp1", 1024, False),  # all experts
+        ("qwen3-235b-nvfp4-tp4", 64, False),  # of 192
+        ("minimax-m3-ep4", 4096, False),
+    ],
+)
+def test_l2_gives_up_first_the_weights_of_whole_lines(
+    kernels_of, name, tokens, streamed, monkeypatch, tmp_path
+):
+    """Copies of weights have the policy, others not, and with it L2 fetches no more than a line."""
+    calls = []
+    for module in (flow, pairs):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *rest: calls.append((kernel, rest[-1]))
+        )
+    kernels_of(name, tokens, tiles.choose(SHAPES[name].layer(), tokens))
+    assert len(calls) in (1, 2)  # the GEMMs
+    weights = 0
+    for its, arguments in calls:
+        for one in arguments:
+            if isinstance(one, launch.TensorMap):
+                is_weight = isinstance(one.memory, torch.Tensor)
+                weights += is_weight
+                assert one.streamed == (is_weight and streamed)
+        copies = [re.search(r"UTMALDG.*", line) for line in disassembled(its, tmp_path)]
+        policies = {"desc" in copy[0] for copy in copies if copy}
+        assert policies == ({True, False} if streamed else {False})  # False: tokens
+    assert weights == 2
+
+
+def disassembled(kernel, folder):
+    """A kernel's instructions, a line each, with labels."""
+    code, _ = build._compile(kernel.source, build._options(kernel.constants))
+    (folder / "code").write_bytes(code)
+    command = [DISASSEMBLER, "-c", folder / "code"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def loops_of(told):
-    """Instructions from a label to a branch back to it."""
+    """Of lines, instructions from a label to a branch back to it."""
     labels, instructions = {}, []
-    for line in told.splitlines():
+    for line in told:
         if label := re.match(r"\s*\.(L_x_\d+):", line):
             labels[label[1]] = len(instructions)
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):

@@ -65,7 +65,7 @@ def launches(monkeypatch):
 def encoded(argument):
     if not isinstance(argument, launch.TensorMap):
         return argument
-    memory, shape, strides, box = argument
+    memory, shape, strides, box, _ = argument
     return driver.tensor_map(memory.view(torch.uint8), shape, strides, box, 128)
 
 

@@ -48,7 +48,7 @@ class Case:
             "WARP_GROUPS": self.groups, "BLOCKS": self.blocks, "MOST": self.most,
             "STAGES": self.stages, "EXPERTS": EXPERTS, "ACTIVATION": self.kind,
             "N13": n13, "K13": k13, "N2": n2, "K2": k2, "SHARED_BYTES": self.shared_bytes,
-            "FORMAT": 1, "INTERLEAVED": int(self.interleaved),
+            "FORMAT": 1, "INTERLEAVED": int(self.interleaved), "STREAMED": 1,
         }  # fmt: skip
 
     @property

@@ -126,7 +126,7 @@ class Problem:
         }  # fmt: skip
         if case.block:
             name = "pairs_fp8"
-            defines |= {"SCALE_N": case.block[0], "SCALE_K": case.block[1]}
+            defines |= {"SCALE_N": case.block[0], "SCALE_K": case.block[1], "STREAMED": 1}
             given = [
                 tokens, self.matrices(64), scales, self.scale, self.list, out, out_scale,
                 *activation, n, k, p, *self.scale.shape[1:], targets, sums,

@@ -65,7 +65,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default="written",
         help="what fills L2 before each replay: zeros just written, which go back to memory while "
         "the layer is timed (default, as triton.testing.do_bench), or data that was read, as "
-        "between a model's layers",
+        "between a model's layers; `layers`: the same with eight calls in one graph, so that a "
+        "graph's launch does not count",
     )
     parser.add_argument(
         "--budget",

@@ -15,8 +15,13 @@ from moe_backend.verify.metrics import difference
 # What fills L2 before each replay. `written`: zeros just stored, as triton.testing.do_bench has it,
 # which have to go back to memory while the call is timed. `read`: other data just loaded, which is
 # most of what a model's other layers leave. On an H200 4 us of 44 (Step-3.5 EP8, FP8, 8 tokens).
-CACHES = ("written", "read")
+# `layers`: as read, but LAYERS calls in one graph, with the reading before each, which is timed
+# alone as well and taken off: what a layer adds to a captured model. A graph's own launch, some 4
+# us, is in the other two.
+CACHES = ("written", "read", "layers")
 OTHER_BYTES = 1 << 28  # several times an H200's L2
+LAYERS = 8
+TURNS = 5  # of replays with the calls and without
 WARM_UP = 15  # milliseconds
 
 # FP8 activations are 4 % from exact ones; the rivals and ours may quantise them or not.
@@ -52,7 +57,8 @@ def measure(call: Experts, given: Inputs, note: str = "", cache: str = "written"
         found = difference(out[given.sample].float(), given.expected)
         if not (found.finite and found.rel_l2 < WRONG):
             return Result("wrong", found.rel_l2 if found.finite else None, note)
-        return Result(round(microseconds(replay, cache=cache), 2), round(found.rel_l2, 5), note)
+        us = _microseconds(call, given.args, replay, 60, cache)
+        return Result(round(us, 2), round(found.rel_l2, 5), note)
     except Exception as error:  # whatever a backend raises: the others are still measured
         return Result(None, None, reason(error))
 
@@ -75,10 +81,19 @@ def capture(call: Experts, args: Args) -> tuple[Callable[[], None], torch.Tensor
     return graph.replay, out
 
 
+def _microseconds(
+    call: Experts, args: Args, replay: Callable[[], None], milliseconds: int, cache: str
+) -> float:
+    """Of a call with a cold L2 cache, timed for so long; `replay` is of its graph."""
+    if cache == "layers":
+        return 1e3 * _among_layers(call, args, milliseconds)
+    return microseconds(replay, milliseconds, cache)
+
+
 def microseconds(
     replay: Callable[[], None], milliseconds: int = 60, cache: str = "written"
 ) -> float:
-    """Median of replays for so long, each with a cold L2 cache; `cache` is one of CACHES."""
+    """Median of replays for so long, each with a cold L2 cache, `written` or `read`."""
     if cache == "read":
         return 1e3 * _after_reading(replay, milliseconds)
     from triton.testing import do_bench
@@ -109,7 +124,38 @@ def _after_reading(replay: Callable[[], None], milliseconds: int) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
 
 
+def _among_layers(call: Experts, args: Args, milliseconds: int) -> float:
+    """What a call adds to a graph of LAYERS that read other data in between, in milliseconds."""
+    other = torch.zeros(OTHER_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def captured(calls: bool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(LAYERS):
+                other.sum()
+                if calls:
+                    call(*args)
+        return graph
+
+    def timed(graph: torch.cuda.CUDAGraph, count: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # what is before the first may not have ended
+        begin.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / count
+
+    with_calls, without = captured(True), captured(False)
+    once = timed(with_calls, 1)
+    timed(with_calls, max(1, int(WARM_UP / once)))
+    count = max(1, int(milliseconds / TURNS / once))
+    times = [(timed(with_calls, count), timed(without, count)) for _ in range(TURNS)]
+    return statistics.median(both - alone for both, alone in times) / LAYERS
+
+
 def quick_milliseconds(call: Experts, args: Args, cache: str = "written") -> float:
     """For choosing among many: replays for a few milliseconds, unchecked."""
     replay, _ = capture(call, args)
-    return microseconds(replay, 10, cache) / 1e3
+    return _microseconds(call, args, replay, 10, cache) / 1e3

@@ -120,8 +120,8 @@ def summary(rows: list[Row]) -> list[str]:
 
 def line(row: Row) -> str:
     """A row as one line of text."""
-    read = " (L2 read)" if row.cache == "read" else ""
-    text = f"{row.case:22} {row.routing:7} {row.tokens:6}{read} floor {row.floor_us:7.1f}"
+    held = "" if row.cache == "written" else f" (L2 {row.cache})"
+    text = f"{row.case:22} {row.routing:7} {row.tokens:6}{held} floor {row.floor_us:7.1f}"
     if isinstance(row.ours_us, float):
         text += f"  ours {row.ours_us:7.1f} ({row.over_floor:.2f}x floor)"
     else:

@@ -46,6 +46,7 @@ inline void copy_to_all(void* to, const TensorMap* map, std::vector<int> from, u
 inline void copy_box_to_all(void* to, const TensorMap* map, int x, int y, u64* barrier, int blocks) {
     host::copy_to_all(to, map, {x, y}, barrier, blocks);
 }
+template <bool EVICT_FIRST = false>
 inline void copy_box_to_all(void* to, const TensorMap* map, int x, int y, int z, u64* barrier, int blocks) {
     host::copy_to_all(to, map, {x, y, z}, barrier, blocks);
 }

@@ -290,7 +290,7 @@ inline void barrier_wait(u64* word, int phase) {
         host::fail("barrier_wait missed a whole phase of " + host::name(barrier));
 }
 
-inline void copy_bulk(void* to, const void* from, int bytes, u64* word) {
+template <bool EVICT_FIRST = false> inline void copy_bulk(void* to, const void* from, int bytes, u64* word) {
     if (bytes < 16 || bytes % 16) host::fail(host::text("copy_bulk of %d bytes", bytes));
     host::check_shared(to, bytes, 16, "copy_bulk");
     host::check_global(from, bytes, 16, "copy_bulk");
@@ -299,15 +299,15 @@ inline void copy_bulk(void* to, const void* from, int bytes, u64* word) {
                      &barrier, "copy_bulk", [=](u8* into) { memcpy(into, from, bytes); });
     host::maybe_yield();
 }
-inline void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier) {
+template <bool EVICT_FIRST = false> inline void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier) {
     host::start_box(to, map, {x, y}, barrier);
     host::maybe_yield();
 }
-inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
+template <bool EVICT_FIRST = false> inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
     host::start_box(to, map, {x, y, z}, barrier);
     host::maybe_yield();
 }
-inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u, int v, u64* barrier) {
+template <bool EVICT_FIRST = false> inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u, int v, u64* barrier) {
     host::start_box(to, map, {x, y, z, u, v}, barrier);
     host::maybe_yield();
 }

@@ -11,7 +11,7 @@ import torch
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
-from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of
+from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of, streams
 from moe_backend.kernels.hopper.route import (
     CHUNKS,
     Spread,
@@ -106,13 +106,13 @@ def _fp8_arguments(
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, _, w2, w2_scale, _ = unpack(layer, tensors)
     operand, scale, experts, hidden, hidden_scale, partial = between
-    constants = _constants(layer)
+    constants, streamed = _constants(layer), streams(layer)
     return (
-        [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h, FP8_BOX), scale,
-         w13_scale, experts, hidden, hidden_scale, *constants, i, h, positions,
+        [rows_of(operand, positions, h, FP8_BOX), _matrices(w13, 2 * e, i, h, FP8_BOX, streamed),
+         scale, w13_scale, experts, hidden, hidden_scale, *constants, i, h, positions,
          *scale_shape(layer, w13_scale, 2)],
-        [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i, FP8_BOX), hidden_scale,
-         w2_scale, experts, partial, hidden_scale, *constants, h, i, positions,
+        [rows_of(hidden, positions, i, FP8_BOX), _matrices(w2, e, h, i, FP8_BOX, streamed),
+         hidden_scale, w2_scale, experts, partial, hidden_scale, *constants, h, i, positions,
          *scale_shape(layer, w2_scale, 1)],
     )  # fmt: skip
 
@@ -140,14 +140,14 @@ def _nvfp4_arguments(
     e, h, i = layer.num_local_experts, layer.hidden_size, layer.intermediate_size
     w13, w13_scale, w13_global, w2, w2_scale, w2_global = unpack(layer, tensors)
     operand, _, experts, hidden, _, partial = between
-    constants, columns = _constants(layer), padded(i)
+    constants, columns, streamed = _constants(layer), padded(i), streams(layer)
     return (
-        [rows_of(operand, positions, 2 * h, TOKEN_BOX), gate_up_codes(layer, w13), w13_scale,
-         w13_global, experts, hidden, *constants, columns, h, w13_scale.shape[1] // 2,
+        [rows_of(operand, positions, 2 * h, TOKEN_BOX), gate_up_codes(layer, w13, streamed),
+         w13_scale, w13_global, experts, hidden, *constants, columns, h, w13_scale.shape[1] // 2,
          w13_scale.shape[2]],
         [rows_of(hidden, positions, 2 * columns, TOKEN_BOX),
-         rows_of(w2, e * h, i // 2, W2_BOX), w2_scale, w2_global, experts, partial, *constants,
-         h, columns, w2_scale.shape[1], w2_scale.shape[2]],
+         rows_of(w2, e * h, i // 2, W2_BOX, streamed), w2_scale, w2_global, experts,
+         partial, *constants, h, columns, w2_scale.shape[1], w2_scale.shape[2]],
     )  # fmt: skip
 
 
@@ -177,6 +177,8 @@ def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     }
     if layer.format in PAIRS_TOKENS:
         constants["TILE"] = PAIRS_TOKENS[layer.format]
+    if layer.format != Bf16Weights.name:
+        constants["STREAMED"] = int(streams(layer))
     if layer.format == Nvfp4Weights.name:
         constants |= {
             "CODES": pairs_code_stages(layer, choice),
@@ -193,9 +195,11 @@ def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     return kernels
 
 
-def _matrices(weights: torch.Tensor, count: int, rows: int, width: int, box: int) -> TensorMap:
+def _matrices(
+    weights: torch.Tensor, count: int, rows: int, width: int, box: int, streamed: bool = False
+) -> TensorMap:
     """Of several matrices of rows of so many bytes, boxes that end with their own matrix."""
-    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, box, 1))
+    return TensorMap(weights, (width, rows, count), (width, rows * width), (128, box, 1), streamed)
 
 
 def check(layer: LayerConfig, choice: Pairs) -> None:

@@ -160,9 +160,9 @@ BITS = {Bf16Weights.name: 16, Fp8BlockWeights.name: 8, Nvfp4Weights.name: 4}
 # that reading them takes all the time anyway.
 FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
 FEW_SLOTS, FEW_BYTES = 64, 250e6
-# Formats whose narrow shards go on with `Flow`, if it can run them, after FEW_TOKENS: Qwen3-235B's
-# in NVFP4 took 67.6 and 92.3 us with 8 tokens (Marlin and Humming 59.5 and 78.9), and with `Flow`
-# 63.5 and 100 with 16; it has not been timed with 5 to 8.
+# Formats whose narrow shards go on with `Flow`, if it can run them, after FEW_TOKENS: of
+# Qwen3-235B in NVFP4, TP8 and TP4, `Few` took 67.4 and 91.9 us with 8 tokens, 46.5 and 61.5 with 5,
+# `Flow` 49.0 and 70.6, 45.9 and 59.2; with 4 38.7 and 52.5, 43.1 and 50.0.
 NARROW_FLOWS = (Nvfp4Weights.name,)
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).

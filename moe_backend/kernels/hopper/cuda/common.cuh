@@ -96,34 +96,73 @@ DEVICE void barrier_arrive_at(u64* barrier, int rank) {
 
 // --- Copies to shared memory ---
 
+// L2 gives up first what comes with this (PTX ISA, createpolicy): of what is read once the rest of L2 is kept.
+DEVICE u64 evict_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Copies. If EVICT_FIRST, L2 gives up first what they bring.
+
 // `bytes` and both addresses are multiples of 16.
-DEVICE void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+template <bool EVICT_FIRST = false> DEVICE void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
+    const u32 there = shared_address(to), done = shared_address(barrier);
+    if constexpr (EVICT_FIRST) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(there),
+            "l"(from), "r"(bytes), "r"(done), "l"(evict_first())
+            : "memory");
+    } else {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(there),
+                     "l"(from), "r"(bytes), "r"(done)
+                     : "memory");
+    }
 }
 // A box of a tensor from coordinates on, the fastest dimension first.
-DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
-        : "memory");
+template <bool EVICT_FIRST = false> DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, u64* barrier) {
+    const u32 there = shared_address(to), done = shared_address(barrier);
+    if constexpr (EVICT_FIRST) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(done), "l"(evict_first())
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(there),
+            "l"(map), "r"(x), "r"(y), "r"(done)
+            : "memory");
+    }
 }
+template <bool EVICT_FIRST = false>
 DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-            shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
-        : "memory");
+    const u32 there = shared_address(to), done = shared_address(barrier);
+    if constexpr (EVICT_FIRST) {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(z), "r"(done), "l"(evict_first())
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(there),
+            "l"(map), "r"(x), "r"(y), "r"(z), "r"(done)
+            : "memory");
+    }
 }
+template <bool EVICT_FIRST = false>
 DEVICE void copy_box(void* to, const TensorMap* map, int x, int y, int z, int u, int v, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
-            "r"(shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(shared_address(barrier))
-        : "memory");
+    const u32 there = shared_address(to), done = shared_address(barrier);
+    if constexpr (EVICT_FIRST) {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(done), "l"(evict_first())
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(done)
+            : "memory");
+    }
 }
 // A box into the shared memory of each block of the cluster that has a bit in `blocks`, at the same place in all; its
 // bytes arrive at the barrier of the same place there.
@@ -134,12 +173,21 @@ DEVICE void copy_box_to_all(void* to, const TensorMap* map, int x, int y, u64* b
         "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(static_cast<u16>(blocks))
         : "memory");
 }
+template <bool EVICT_FIRST = false>
 DEVICE void copy_box_to_all(void* to, const TensorMap* map, int x, int y, int z, u64* barrier, int blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
-            "r"(shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(static_cast<u16>(blocks))
-        : "memory");
+    const u32 there = shared_address(to), done = shared_address(barrier);
+    const u16 mask = static_cast<u16>(blocks);
+    if constexpr (EVICT_FIRST) {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(z), "r"(done), "h"(mask), "l"(evict_first())
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
+                "r"(there), "l"(map), "r"(x), "r"(y), "r"(z), "r"(done), "h"(mask)
+            : "memory");
+    }
 }
 DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

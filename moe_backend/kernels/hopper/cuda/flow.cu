@@ -34,10 +34,11 @@
 //
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
-// Compile-time constants: FORMAT, WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3; NVFP4: 2 or 4 parts in
-// all), MOST (tokens of a tile: 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and
-// 64 for 2, 3 and 4 warp groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SHARED_BYTES (what the
-// launch asks for), INTERLEAVED (FP8 alone); FP8: N13, K13, N2, K2 (rows and columns of a weight scale); NVFP4: PADDED.
+// Compile-time constants: FORMAT, WARP_GROUPS (2 to 4) and BLOCKS (parts of each: 1 to 3; NVFP4: 2 or 4 parts in all),
+// MOST (tokens of a tile: 8, 16, 32, 64, 96 or 128), as far as registers go: BLOCKS * MOST up to 256, 128 and 64 for 2,
+// 3 and 4 warp groups; STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SHARED_BYTES (what the launch asks
+// for), INTERLEAVED (FP8 alone), STREAMED (L2 gives weights up first); FP8: N13, K13, N2, K2 (rows and columns of a
+// weight scale); NVFP4: PADDED.
 #include "flow_copies.cuh"
 #include "flow_epilogues.cuh"
 #include "flow_items.cuh"

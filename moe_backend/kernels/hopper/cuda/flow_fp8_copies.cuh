@@ -64,8 +64,8 @@ DEVICE void gather_step(const Layer& layer, Shared& shared, int columns, const i
 template <bool GATED>
 DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, int k0, u64* full) {
     const int eight = item.block * (GROUP / 8) + part * 4;
-    if (GATED) copy_box(to, layer.w13, k0, 0, 0, eight, item.expert, full);
-    else copy_box(to, layer.w2, k0, item.expert * layer.H + item.block * ROWS + part * 64, full);
+    if (GATED) copy_box<STREAMED>(to, layer.w13, k0, 0, 0, eight, item.expert, full);
+    else copy_box<STREAMED>(to, layer.w2, k0, item.expert * layer.H + item.block * ROWS + part * 64, full);
 }
 
 // What `copy_hidden` brings.

@@ -14,8 +14,8 @@ constexpr int EIGHT_BYTES = 8 * TOKEN_BYTES;
 template <bool GATED>
 DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, int k0, u64* full) {
     const int column = first_column(item.block * PARTS + part);
-    if (GATED) copy_box(to, layer.w13, k0 / 2, column % 64, 0, column / 64, item.expert, full);
-    else copy_box(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
+    if (GATED) copy_box<STREAMED>(to, layer.w13, k0 / 2, column % 64, 0, column / 64, item.expert, full);
+    else copy_box<STREAMED>(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
 }
 
 // 16 scales of each of a part's rows, in the order of the rows.

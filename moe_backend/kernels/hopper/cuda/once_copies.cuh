@@ -54,7 +54,7 @@ DEVICE void bring_unit(const Shared& s, const Problem& p, Turn& turn, int unit, 
         }
         bool copies = lane < 16 || (FORMAT == NVFP4 && (CHUNKS > 1 || row % 8 == 0));
         int copied = lane < 16 ? bytes : CHUNKS > 1 ? bytes / 8 : bytes;
-        if (row % COPYING == me.part && copies) copy_bulk(to, from, copied, full);
+        if (row % COPYING == me.part && copies) copy_bulk<true>(to, from, copied, full);
         if (FORMAT == FP8 && me.leads()) {
             const float* gate =
                 reinterpret_cast<const float*>(p.w13_scale) +
@@ -80,7 +80,7 @@ DEVICE void bring_rows(const Shared& s, const Problem& p, Turn& turn, int hit, i
         int piece = WHOLE ? n : n / ROWS, row = WHOLE ? 0 : n % ROWS, copied = WHOLE ? rows * bytes : bytes;
         if (row >= rows) continue;
         long long at = (static_cast<long long>(s.hit_experts()[hit + piece]) * H + first + row) * ROW2 + from;
-        copy_bulk(s.stage(turn.stage) + piece * PIECE + row * STRIDE2, p.w2 + at, copied, full);
+        copy_bulk<true>(s.stage(turn.stage) + piece * PIECE + row * STRIDE2, p.w2 + at, copied, full);
         if (FORMAT == NVFP4 && SLICES == 1 && row == 0)
             copy_bulk(s.stage_scales(turn.stage) + piece * PIECE_SCALES, p.w2_scale + at / 8,
                       rows * (ROW2 / 8), full);

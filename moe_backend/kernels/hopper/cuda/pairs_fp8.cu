@@ -21,8 +21,8 @@
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
 // Compile-time constants: GATED, STAGES, EXPERTS (room in the list), ACTIVATION (its kind), SCALE_N, SCALE_K (rows and
-// columns of a weight scale), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks for). In
-// clusters of two blocks.
+// columns of a weight scale), LONE (outputs have targets: `targets.cuh`), STREAMED (L2 gives weights up first),
+// SHARED_BYTES (what the launch asks for). In clusters of two blocks.
 #include "pairs_fp8_copies.cuh"
 #include "pairs_fp8_products.cuh"
 #include "pairs_fp8_epilogues.cuh"

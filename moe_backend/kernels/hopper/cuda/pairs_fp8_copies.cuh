@@ -52,8 +52,8 @@ DEVICE void copy_chunk(const Layer& layer, const Item& item, u8* to, int chunk, 
         const int row = (item.block * CHUNKS + chunk) * CHUNK_ROWS + (GATED ? 0 : i * BOX);
         const int matrix = GATED ? 2 * item.expert + i : item.expert;
         u8* box = to + chunk * CHUNK_BYTES + i * BOX_BYTES;
-        if (item.shares_weights) copy_box_to_all(box, layer.weights, k0, row, matrix, full, 3);
-        else copy_box(box, layer.weights, k0, row, matrix, full);
+        if (item.shares_weights) copy_box_to_all<STREAMED>(box, layer.weights, k0, row, matrix, full, 3);
+        else copy_box<STREAMED>(box, layer.weights, k0, row, matrix, full);
     }
 }
 

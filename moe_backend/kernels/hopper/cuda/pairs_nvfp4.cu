@@ -21,7 +21,8 @@
 //
 // Compile-time constants: GATED, CODES and STAGES (steps of weights, halves of steps of tokens, that shared memory
 // holds), EXPERTS (room in the list), ACTIVATION (its kind), PADDED (there may be fewer hidden columns than a multiple
-// of 256), LONE (outputs have targets: `targets.cuh`), SHARED_BYTES (what the launch asks for). In clusters of two blocks.
+// of 256), LONE (outputs have targets: `targets.cuh`), STREAMED (L2 gives weights up first), SHARED_BYTES (what the
+// launch asks for). In clusters of two blocks.
 #include "pairs_nvfp4_copies.cuh"
 #include "pairs_nvfp4_epilogues.cuh"
 #include "pairs_nvfp4_products.cuh"

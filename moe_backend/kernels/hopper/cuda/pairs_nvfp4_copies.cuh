@@ -40,8 +40,8 @@ DEVICE void copy_tokens(const Layer& layer, Shared& shared, int count) {
 // A part's codes, by one thread.
 DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, int k0, u64* full) {
     const int nth = item.block * PARTS + part, column = first_column(nth);
-    if (GATED) copy_box(to, layer.weights, k0 / 2, column % 64, 0, column / 64, item.expert, full);
-    else copy_box(to, layer.weights, k0 / 2, item.expert * layer.rows + nth * 64, full);
+    if (GATED) copy_box<STREAMED>(to, layer.weights, k0 / 2, column % 64, 0, column / 64, item.expert, full);
+    else copy_box<STREAMED>(to, layer.weights, k0 / 2, item.expert * layer.rows + nth * 64, full);
 }
 
 // Codes of all items, with their block scales: 16 of each row, in the order of the rows.
