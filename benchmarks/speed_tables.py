@@ -4,7 +4,7 @@
     python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
 
 A table lies between `<!-- NAME -->` and `<!-- end of NAME -->`. To measure again, run the commands
-in benchmarks/results/README.md and name their files in UNIFORM, LATER, ZIPF and READ.
+in benchmarks/results/README.md and name their files in UNIFORM, LATER, ZIPF, READ and AMONG.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 UNIFORM, ZIPF, READ = (
     RESULTS / f"h200x2-2026-11-30-bench{name}.json" for name in ("", "-zipf", "-read")
 )
-LATER = RESULTS / "h200x2-2026-11-30-bench-later.json"  # instead of those of the same layers
+# The last of them with a layer is what counts.
+LATER = [
+    RESULTS / name for name in ("h200x2-2026-11-30-bench-later.json", "h200-2026-12-01-bench.json")
+]
+AMONG = RESULTS / "h200-2026-12-01-bench-layers.json"
 # Layers as people call them, in the order of the tables.
 LAYERS = {
     "step-3.5-ep8": "Step-3.5 FP8, EP8",
@@ -66,6 +70,13 @@ def _cell(row: Row | None) -> str:
     return f"**{row.faster_by:.2f}**, {row.ours_us:.0f} µs, {row.over_floor:.2f}"
 
 
+def sharing(rows: list[Row]) -> str:
+    """How these layers are split, in the order of STEP: `EP8, TP8 and TP4`."""
+    cases = {row.case for row in rows}
+    *first, last = [LAYERS[name].rpartition(" ")[2] for name in STEP if name in cases]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def means(rows: list[Row]) -> str:
     """What the rows come to, in a sentence."""
     step = [row for row in rows if row.case in STEP]
@@ -78,7 +89,7 @@ def means(rows: list[Row]) -> str:
     ]
     return (
         f"In the geometric mean of these {len(rows)} cells {all_of:.2f} times as fast as the best "
-        f"rival, {of_step:.2f} times in Step-3.5's at EP8, TP8 and TP4, {of_packed:.2f} times in "
+        f"rival, {of_step:.2f} times in Step-3.5's at {sharing(step)}, {of_packed:.2f} times in "
         f"DeepSeek-V4-Flash's at EP8; slower in {len(slower)}"
         f"{': ' if slower else ''}{' and '.join(slower)}."
     )
@@ -91,16 +102,22 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 def blocks() -> dict[Path, dict[str, str]]:
     """What stands between the markers of each file."""
-    uniform, later, zipf, read = (report.read_json(file) for file in (UNIFORM, LATER, ZIPF, READ))
-    again = {row.case for row in later}
-    uniform = [row for row in uniform if row.case not in again] + later
+    uniform, zipf, read, among = (report.read_json(file) for file in (UNIFORM, ZIPF, READ, AMONG))
+    for file in LATER:
+        later = report.read_json(file)
+        again = {row.case for row in later}
+        uniform = [row for row in uniform if row.case not in again] + later
     told = [row for row in uniform if row.case in USUAL]
     return {
-        ROOT / "README.md": {"speed": f"{overview(told)}\n\n{means(told)}"},
+        ROOT / "README.md": {
+            "speed": f"{overview(told)}\n\n{means(told)}",
+            "among": f"{overview(among)}\n\n{means(among)}",
+        },
         ROOT / "docs" / "speed.md": {
             "rows": report.table(in_order(uniform)),
             "skewed": overview(zipf),
             "read": overview(read),
+            "among": report.table(in_order(among)),
         },
     }
 

@@ -48,10 +48,16 @@ def test_means_name_the_rows_that_are_slower(tables):
     rows = [row(), row("deepseek-v4-flash-ep8", 8, 30.0), row("minimax-m3", 1, 80.0)]
     assert tables.means(rows) == (
         "In the geometric mean of these 3 cells 1.31 times as fast as the best rival, 1.50 times "
-        "in Step-3.5's at EP8, TP8 and TP4, 2.00 times in DeepSeek-V4-Flash's at EP8; slower in 1: "
+        "in Step-3.5's at EP8, 2.00 times in DeepSeek-V4-Flash's at EP8; slower in 1: "
         "MiniMax-M3 bf16, one rank at 1 (0.750, beside marlin)."
     )
     assert tables.means(rows[:2]).endswith("at EP8; slower in 0.")
+    for others, wanted in (
+        (("step-3.5-tp8-even",), "EP8 and TP8"),
+        (("step-3.5-tp4-even", "step-3.5-tp8-even"), "EP8, TP8 and TP4"),
+    ):
+        text = tables.means(rows + [row(name) for name in others])
+        assert f"times in Step-3.5's at {wanted}, " in text
 
 
 def test_a_table_that_is_not_of_the_rows_is_told_and_written_anew(tables, tmp_path, monkeypatch):
