@@ -6,7 +6,8 @@ A choice is `default` (what runs such a call here), `untuned` (the same without 
 `tiled` (the method without those in CUDA C++ and for few tokens), `few`, `once BLOCKS`,
 `flow TOKENS GROUPS BLOCKS` with as many stages as fit, `pairs STAGES`, or JSON as in a tuned table.
 Each is checked against plain torch and repeated bit for bit, as `moe-backend tune` does, with the
-routing that is most typical of 64 draws; then the median time of CUDA graph replays counts. Exit
+routing that is most typical of 64 draws; then the median time of CUDA graph replays counts, with L2
+full of what was read. Exit
 code 1 if one is wrong.
 """
 
@@ -51,8 +52,8 @@ def main() -> int:
         floor = floor_us(shape, runner.given.topk_ids, rates())
         row: dict[str, Any] = {"shape": args.shape, "tokens": tokens, "floor_us": round(floor, 1)}
         row |= {"us": {}, "rel_l2": {}, "faults": {}}
-        for text in args.choices:
-            choice = choice_of(text, runner.layer, tokens)
+        wanted = dict.fromkeys(choice_of(text, runner.layer, tokens) for text in args.choices)
+        for choice in wanted:  # each once, though two texts may name it
             runner.compile([choice])
             found = runner.check(choice)
             if found.fault is None:

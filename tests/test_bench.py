@@ -320,10 +320,13 @@ def test_what_l2_holds_before_is_for_all_backends_and_in_the_rows(on_cpu, monkey
     rows = bench.rows(SMALL, "uniform")
     assert {row.cache for row in rows} == {"read"}
     assert on_cpu == ["read"] * 5
-    assert "what L2 held before was read" in report.markdown(rows)
+    assert "graph replay, L2 read (" in report.markdown(rows)
     assert "(L2 read)" in report.line(rows[0])
+    assert "(among layers)" in report.line(replace(rows[0], cache="layers"))
     both = report.markdown([*rows, replace(rows[0], cache="written")])
-    assert "| layer | L2 before | tokens |" in both
+    assert "| layer | cache | tokens |" in both
+    assert "L2 read: 1.00 times" in both
+    assert "L2 written: 1.00 times" in both
     assert both.count("| read |") == 2
     assert both.count("| written |") == 1
 
@@ -356,7 +359,7 @@ def test_timing_after_reading(monkeypatch):
 
 def test_timing_among_layers(monkeypatch):
     """A call costs 7 ms and the reading before it 3: 7 of 10 are the call's."""
-    recorded, clock = [], [0.0]
+    recorded, works, clock = [], [], [0.0]
     costs = {"read": 3.0, "call": 7.0}
 
     class Graph:
@@ -368,6 +371,7 @@ def test_timing_among_layers(monkeypatch):
         recorded.clear()
         yield
         made.work = list(recorded)
+        works.append(made.work)
 
     class Event:
         def __init__(self, enable_timing):
@@ -397,6 +401,7 @@ def test_timing_among_layers(monkeypatch):
     assert measure._microseconds(call, (), made.append, 60, "layers") == 7000.0
     assert measure.quick_milliseconds(call, (), "layers") == 7.0
     assert made == []  # a graph of one call is not what counts
+    assert {tuple(work) for work in works} == {("read", "call") * 8, ("read",) * 8}
 
 
 def test_without_rivals_ours_is_measured_alone(on_cpu, monkeypatch):

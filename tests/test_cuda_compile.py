@@ -590,17 +590,49 @@ def test_l2_gives_up_first_the_weights_of_whole_lines(
         )
     kernels_of(name, tokens, tiles.choose(SHAPES[name].layer(), tokens))
     assert len(calls) in (1, 2)  # the GEMMs
-    weights = 0
+    weights, found = 0, {}
     for its, arguments in calls:
         for one in arguments:
             if isinstance(one, launch.TensorMap):
                 is_weight = isinstance(one.memory, torch.Tensor)
                 weights += is_weight
                 assert one.streamed == (is_weight and streamed)
-        copies = [re.search(r"UTMALDG.*", line) for line in disassembled(its, tmp_path)]
-        policies = {"desc" in copy[0] for copy in copies if copy}
-        assert policies == ({True, False} if streamed else {False})  # False: tokens
+        for kind, first_out in copies_of(its, tmp_path):
+            found.setdefault(kind, set()).add(first_out)
     assert weights == 2
+    # Of weights in boxes of five and three dimensions, with NVFP4 w2's of two; FP8's `Flow` has
+    # hidden columns in boxes of two as well.
+    own = {"5D": {streamed}, "3D": {streamed}, "3D.MULTICAST": {streamed}}
+    own |= {"2D.MULTICAST": {False}, "S.G": {False}}  # tokens, and scales of theirs
+    if name.startswith("deepseek-v4") or name.startswith("qwen3-235b-nvfp4"):
+        own |= {"2D": {streamed}}
+        if len(calls) == 1:
+            own |= {"3D": {False}}  # hidden columns
+    else:
+        own |= {"2D": {True, False} if streamed and len(calls) == 1 else {False}}
+    assert found == {kind: own[kind] for kind in found}
+    assert "2D" in found or "3D" in found
+
+
+@compiles
+@pytest.mark.skipif(not DISASSEMBLER.exists(), reason="Triton's nvdisasm is not there")
+@pytest.mark.parametrize(
+    ("layer", "scales"),
+    [(EP8, set()), (M3, set()), (V4, {True, False})],
+    ids=["fp8", "bf16", "nvfp4"],
+)
+def test_l2_gives_up_first_what_once_reads(layer, scales, tmp_path):
+    """All weights; of NVFP4's block scales w13's."""
+    kernel = once._kernel(layer, Once(1), 132, False, True)
+    found = [first_out for kind, first_out in copies_of(kernel, tmp_path) if kind == "S.G"]
+    assert set(found) == (scales or {True})
+
+
+def copies_of(kernel, folder):
+    """Of a kernel's copies by the accelerator the kind, and whether they have a policy for L2."""
+    for line in disassembled(kernel, folder):
+        if copy := re.search(r"(?:UTMALDG|UBLKCP)\.(\S+) (.*);", line):
+            yield copy[1], "desc" in copy[2]
 
 
 def disassembled(kernel, folder):

@@ -50,26 +50,6 @@ def test_fast_decode_survives_flush_to_zero():
         torch.set_flush_denormal(False)
 
 
-def test_fn_to_fnuz_keeps_every_value():
-    codes, scale = fp8_block.fn_to_fnuz(ALL_BYTES.view(torch.float8_e4m3fn), torch.tensor(0.5))
-    got = torch.tensor([e4m3fnuz_value(int(b)) for b in codes.view(torch.uint8)]) * scale
-    assert same(got, torch.tensor([e4m3fn_value(b) for b in range(256)]) * 0.5)
-
-
-def test_fnuz_to_fn_keeps_every_value_it_accepts():
-    accepted = ALL_BYTES[(ALL_BYTES & 0x7F) != 0x7F]
-    codes, scale = fp8_block.fnuz_to_fn(accepted.view(torch.float8_e4m3fnuz), torch.tensor(2.0))
-    got = torch.tensor([e4m3fn_value(int(b)) for b in codes.view(torch.uint8)]) * scale
-    assert same(got, torch.tensor([e4m3fnuz_value(int(b)) for b in accepted]) * 2.0)
-
-
-@pytest.mark.parametrize("byte", [0x7F, 0xFF])
-def test_fnuz_to_fn_refuses_its_largest(byte):
-    codes = torch.tensor([1, byte], dtype=torch.uint8).view(torch.float8_e4m3fnuz)
-    with pytest.raises(ValueError, match="1 codes are 0x7F or 0xFF"):
-        fp8_block.fnuz_to_fn(codes, torch.ones(1))
-
-
 # --- FP8 blocks -----------------------------------------------------------------------------------
 
 

@@ -349,10 +349,100 @@ def test_loading_into_prepacked_weights_is_refused():
 
 
 def test_loading_into_merged_scales_is_refused(monkeypatch):
+    """And nothing is written beside them: the codes come first, and are no longer taken."""
     layer, problem = merged(monkeypatch)
+    before = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    other = build(problem.case, seed=1)
     with pytest.raises(ValueError, match=r"w13_weight_scale_inv has merged .*reload_") as error:
-        layer.load(problem.weights, "fp8_block")
+        layer.load(other.weights, "fp8_block")
     assert "NVFP4" not in str(error.value)
+    assert torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), before)
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d.startswith("nvfp4")])
+@pytest.mark.parametrize("stem", ["weight", "weight_scale"])
+def test_nothing_of_nvfp4_is_written_where_one_scale_is_refused(dialect, stem, monkeypatch):
+    """In whatever order a sender has them: codes or block scales before the others."""
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", "packed")
+    problem = build(case_of(dialect))
+    layer = reloadable(problem, dialect)
+    before = layer(problem.x, problem.topk_weights, problem.topk_ids)
+    names = {f"w{n}_{stem}{suffix}" for n in (13, 2) for suffix in ("", "_packed")}
+    tensors = checkpoint_tensors(build(problem.case, seed=1).weights, dialect)
+    refused = 0
+    for name, *tensor in tensors:
+        # One that vLLM renamed has no place any more, which its loader says.
+        if name in names and hasattr(layer.experts, name):
+            with pytest.raises(ValueError, match="reload_weights"):
+                layer.load_one(name, *tensor)
+            refused += 1
+    assert refused or (stem == "weight" and dialect.startswith("nvfp4_ct"))
+    assert torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), before)
+
+
+@pytest.mark.parametrize("dialect", ["bf16", "fp8_block"])
+def test_a_plain_load_does_not_count_for_a_reload(dialect):
+    problem = build(case_of(dialect))
+    layer = reloadable(problem, dialect)
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    if fused.selection.kernel.name == "vllm_cpu":
+        pytest.skip("a plain load is refused")
+    layer.load(problem.weights, dialect)  # as vLLM's sparse updates do, with no end that is told
+    last = checkpoint_tensors(problem.weights, dialect)
+    kept = [tensor for tensor in last if tensor[:3] != ("w2_weight", "w2", 5)]
+    with pytest.raises(ValueError, match=r"w2_weight: the checkpoint has no down tensor .*\(5\)"):
+        reload(layer, kept)
+
+
+def test_fp8_codes_that_vllm_reads_as_gfx94xs_own(monkeypatch):
+    """There vLLM makes e4m3fnuz of them and doubles the scales; here they are the checkpoint's."""
+    from vllm.platforms import current_platform
+
+    problem = build(case_of("fp8_block"))
+    plain = reloadable(problem, "fp8_block")
+    wanted = plain(problem.x, problem.topk_weights, problem.topk_ids)
+    monkeypatch.setattr(type(current_platform), "is_fp8_fnuz", classmethod(lambda cls: True))
+    layer = reloadable(problem, "fp8_block")
+    experts = layer.experts.quant_method.moe_kernel.fused_experts
+    for found, own in zip(experts.read_tensors(), problem.weights.tensors(), strict=True):
+        assert found.dtype == own.dtype
+        assert torch.equal(found.float(), own.float())  # -0 has become 0
+    assert torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), wanted)
+    other = build(problem.case, seed=1)
+    reload(layer, checkpoint_tensors(other.weights, "fp8_block"))
+    assert not torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), wanted)
+    reload(layer, checkpoint_tensors(problem.weights, "fp8_block"))
+    assert torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), wanted)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_nan_that_gfx94x_reads_as_a_number(byte, monkeypatch):
+    from vllm.platforms import current_platform
+
+    def spoil(tensor):
+        tensor.view(torch.uint8).view(-1)[7] = byte
+        return tensor
+
+    monkeypatch.setattr(type(current_platform), "is_fp8_fnuz", classmethod(lambda cls: True))
+    with pytest.raises(ValueError, match=r"w2_weight: NaN or infinity in 1 of 8 experts.* is 5"):
+        load_with("fp8_block", at("w2_weight", "w2", 5, spoil))
+
+
+def test_fp8_is_taken_under_either_platforms_name():
+    from dataclasses import replace as changed
+
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8Dynamic128Sym,
+        kFp8Static128BlockSym,
+    )
+
+    from moe_backend.engines.vllm_experts import Fp8BlockExperts
+
+    for dtype, taken in (
+        (torch.float8_e4m3fn, True), (torch.float8_e4m3fnuz, True), (torch.float8_e5m2, False),
+    ):  # fmt: skip
+        key = changed(kFp8Static128BlockSym, dtype=dtype)
+        assert Fp8BlockExperts._supports_quant_scheme(key, kFp8Dynamic128Sym) == taken
 
 
 @pytest.mark.parametrize("which", ["prepacked", "merged"])

@@ -1,11 +1,11 @@
-"""Time over floor against tokens, a panel a layer and routing."""
+"""Time over floor against tokens, a panel for each layer, routing and way of filling L2."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from moe_backend.bench.report import Row
+from moe_backend.bench.report import CACHED, Row
 
 COLUMNS = 4
 RATIOS = (0.8, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50, 100)
@@ -21,6 +21,11 @@ def lines_of(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
     return lines
 
 
+def _panel(row: Row) -> str:
+    held = "" if row.cache == "written" else f", {CACHED[row.cache]}"
+    return f"{row.case}, {row.routing}{held}"
+
+
 def plot(rows: list[Row], file: Path) -> None:
     """Write a PNG, or what else the file's name asks for; needs matplotlib."""
     import matplotlib
@@ -28,7 +33,7 @@ def plot(rows: list[Row], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((row.case, row.routing) for row in rows))
+    panels = list(dict.fromkeys(_panel(row) for row in rows))
     names = dict.fromkeys(name.partition(" ")[0] for row in rows for name in row.rivals)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     columns = min(COLUMNS, len(panels))
@@ -37,8 +42,8 @@ def plot(rows: list[Row], file: Path) -> None:
         height, columns, figsize=(4.2 * columns, 3.4 * height + 0.5), squeeze=False
     )
     shown = {}
-    for axis, (case, routing) in zip(axes.flat, panels, strict=False):
-        own = [row for row in rows if (row.case, row.routing) == (case, routing)]
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        own = [row for row in rows if _panel(row) == panel]
         for name, points in lines_of(own).items():
             ours = name == "moe_backend"
             (shown[name],) = axis.plot(
@@ -52,7 +57,7 @@ def plot(rows: list[Row], file: Path) -> None:
             )
         tokens = sorted({row.tokens for row in own})
         axis.axhline(1, color="grey", linewidth=0.7)
-        axis.set(xscale="log", yscale="log", title=f"{case}, {routing}")
+        axis.set(xscale="log", yscale="log", title=panel)
         axis.set(xlabel="tokens", ylabel="time / floor")
         axis.set_xticks(tokens, [str(count) for count in tokens], minor=False)
         axis.set_xticks([], minor=True)

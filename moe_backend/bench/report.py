@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
+# What each of `measure.CACHES` means for a time.
+CACHED = {
+    "written": "L2 written",
+    "read": "L2 read",
+    "layers": "among layers",
+}
+
+
 @dataclass
 class Row:
     """One layer, routing and token count.
@@ -22,7 +30,7 @@ class Row:
         kernel: of ours, with what it chose for this many tokens.
         notes: by backend, why it could not run, or what it chose.
         device, versions, date, rates: of the run; rates are those that the floor assumes.
-        cache: what L2 held before each replay, one of `measure.CACHES`.
+        cache: how L2 was filled before each call, one of `measure.CACHES`.
     """
 
     case: str
@@ -104,12 +112,14 @@ def summary(rows: list[Row]) -> list[str]:
     """What the rows come to, one fact a line."""
     out = []
     compared = [row for row in rows if row.faster_by is not None]
-    mean = geometric_mean(rows)
-    if mean is not None:
-        ahead = sum(row.faster_by >= 1 for row in compared if row.faster_by is not None)
+    caches = dict.fromkeys(row.cache for row in compared)
+    for cache in caches:
+        of_it = [row for row in compared if row.cache == cache]
+        ahead = sum(row.faster_by >= 1 for row in of_it if row.faster_by is not None)
+        where = f"{CACHED[cache]}: " if len(caches) > 1 else ""
         out.append(
-            f"{mean:.2f} times the best rival's speed (geometric mean of {len(compared)} rows); "
-            f"not slower in {ahead} of them"
+            f"{where}{geometric_mean(of_it):.2f} times the best rival's speed (geometric mean of "
+            f"{len(of_it)} rows); not slower in {ahead} of them"
         )
     wrong = [f"{r.case} {r.routing} at {r.tokens} tokens" for r in rows if r.ours_us == "wrong"]
     failed = [f"{r.case} {r.routing} at {r.tokens} tokens" for r in rows if r.ours_us is None]
@@ -120,7 +130,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def line(row: Row) -> str:
     """A row as one line of text."""
-    held = "" if row.cache == "written" else f" (L2 {row.cache})"
+    held = "" if row.cache == "written" else f" ({CACHED[row.cache]})"
     text = f"{row.case:22} {row.routing:7} {row.tokens:6}{held} floor {row.floor_us:7.1f}"
     if isinstance(row.ours_us, float):
         text += f"  ours {row.ours_us:7.1f} ({row.over_floor:.2f}x floor)"
@@ -141,8 +151,8 @@ def markdown(rows: list[Row]) -> str:
         f"{row.device}, {row.date}: " + ", ".join(f"{k} {v}" for k, v in row.versions.items())
         for row in rows
     )
-    held = " or ".join(dict.fromkeys(row.cache for row in rows))
-    lines += ["", f"Microseconds a layer in CUDA graph replay; what L2 held before was {held}."]
+    held = " or ".join(dict.fromkeys(CACHED[row.cache] for row in rows))
+    lines += ["", f"Microseconds a layer in CUDA graph replay, {held} (`bench --cache`)."]
     lines += [*runs, *summary(rows)]
     return "\n".join(lines) + "\n"
 
@@ -151,7 +161,7 @@ def table(rows: list[Row]) -> str:
     """A line of a Markdown table for each row, in microseconds."""
     routed, cached = (len({getattr(r, name) for r in rows}) > 1 for name in ("routing", "cache"))
     named = any(row.method for row in rows)
-    head = ["layer", *(["routing"] if routed else []), *(["L2 before"] if cached else [])]
+    head = ["layer", *(["routing"] if routed else []), *(["cache"] if cached else [])]
     head += ["tokens", "floor", "ours", *(["method"] if named else []), "× floor"]
     head += ["best rival", "ours is faster by"]
     found = []

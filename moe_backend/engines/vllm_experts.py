@@ -105,8 +105,11 @@ class Fp8BlockExperts(BlockscaleExperts):
         if weight_key is None or activation_key != kFp8Dynamic128Sym:
             return False
         block = weight_key.scale.group_shape
-        # Also the refined block shapes of TP shards that miss the checkpoint's grid.
-        return weight_key.dtype == torch.float8_e4m3fn and block.row > 1 and block.col > 1
+        # vLLM names FP8 after the platform's own: on gfx94x it makes e4m3fnuz of the codes while it
+        # processes them (`quantization/fp8.py`), which `vllm_methods` undoes. Also the refined
+        # block shapes of TP shards that miss the checkpoint's grid.
+        codes = weight_key.dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        return codes and block.row > 1 and block.col > 1
 
 
 class Nvfp4Experts(BlockscaleExperts):

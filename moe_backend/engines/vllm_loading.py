@@ -25,6 +25,7 @@ _WITHOUT_LOADER = ("dummy", "sharded_state", "runai_streamer_sharded", "tensoriz
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SCALES = (*_FLOATS, torch.float8_e8m0fnu)
 _CONVERTED = "moe_backend_converted"  # set on parameters, with what was done to them
+_SEEN = "moe_backend_seen"  # likewise: by shard, the local experts whose tensors they have
 Shape = tuple[int, ...]
 
 
@@ -57,7 +58,6 @@ class LoadRecord:
         self.loader = loader
         self.is_dummy = str(load_format) == "dummy"
         self.loaders_run = str(load_format) not in _WITHOUT_LOADER
-        self.seen: dict[tuple[str, str], set[int]] = {}
         self.expected: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {}
         self.created: dict[str, tuple[torch.dtype, Shape]] = {}  # before preparation
 
@@ -127,8 +127,8 @@ class LoadRecord:
         """Same contract as `RoutedExperts.weight_loader`.
 
         Raises:
-            ValueError: the tensor has the wrong shape or dtype for its parameter, or the parameter
-                no longer holds what the checkpoint does.
+            ValueError: the tensor has the wrong shape or dtype for its parameter, or a parameter of
+                the layer no longer holds what the checkpoint does.
         """
         name = weight_name.rsplit(".", 1)[-1]
         stacked = loaded_weight.ndim == 3
@@ -144,24 +144,34 @@ class LoadRecord:
             return_success=return_success,
         )
         local = range(self.layer.local_num_experts) if stacked else [self._local(expert_id)]
-        self.seen.setdefault((name, shard_id), set()).update(e for e in local if e >= 0)
+        # On the parameter, so that a plain load does not count for a later reload, which loads into
+        # other ones.
+        seen = param.__dict__.setdefault(_SEEN, {})
+        seen.setdefault(shard_id, set()).update(e for e in local if e >= 0)
         return result
 
     def _refuse_converted(self, name: str, param: torch.nn.Parameter) -> None:
         """A second load as plain as the first would write what the kernel takes for something else.
 
+        One converted parameter refuses the tensors of all, so that none is written beside it.
+
         Raises:
-            ValueError: the parameter was converted.
+            ValueError: a parameter was converted.
         """
-        how = getattr(param, _CONVERTED, None)
-        if how is None and (param.dtype, tuple(param.shape)) != self.created[name]:
-            how = "has another shape or dtype"  # vLLM's own processing changed it
-        if how is not None:
-            raise ValueError(
-                f"{self.layer.layer_name}.{name} {how} since these experts were loaded, and the "
-                "checkpoint's tensors cannot be loaded into it again. Reload with vLLM's "
-                "reload_weights, which prepares them anew."
-            )
+        others = {n: getattr(self.layer, n, None) for n in self.created if n != name}
+        for which, parameter in ({name: param} | others).items():
+            how = getattr(parameter, _CONVERTED, None)
+            if parameter is None:
+                how = "is gone"  # renamed by vLLM's own processing, or changed by it
+            elif how is None and (parameter.dtype, tuple(parameter.shape)) != self.created[which]:
+                how = "has another shape or dtype"
+            if how is not None:
+                raise ValueError(
+                    f"{self.layer.layer_name}.{which} {how} since these experts were loaded, and "
+                    "the checkpoint's tensors cannot be loaded into them again. These experts are "
+                    "as they were, but tensors of other layers may have been replaced already: "
+                    "serve nothing until vLLM's reload_weights, which prepares them anew, has run."
+                )
 
     def _local(self, expert_id: int) -> int:
         return int(self.layer._map_global_expert_id_to_local_expert_id(expert_id))
@@ -198,11 +208,12 @@ class LoadRecord:
         """
         if not self.loaders_run:
             return
-        seen, self.seen = self.seen, {}  # a reload has to write everything again
         everyone = set(range(self.layer.local_num_experts))
         for name in self.expected:
+            # Taken off: a load after this one has to write everything again.
+            seen = getattr(self.layer, name).__dict__.pop(_SEEN, {})
             for shard in ("w2",) if name.startswith("w2") else ("w1", "w3"):
-                missing = sorted(everyone - seen.get((name, shard), set()))
+                missing = sorted(everyone - seen.get(shard, set()))
                 if missing:
                     projection = {"w1": "gate", "w2": "down", "w3": "up"}[shard]
                     shown = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")

@@ -228,6 +228,22 @@ def _merge_fp8_scales(layer: Any, method: Any) -> _Fp8Blocks:
     return _Fp8Blocks((refined_n, k), (n, refined_k))
 
 
+def _undo_fnuz(layer: Any, kept: _Fp8Blocks) -> None:
+    """Codes as the checkpoint has them, where vLLM has read them as gfx94x's own.
+
+    The same byte means half as much there, so it doubles the scales (`w8a8_utils.py
+    normalize_e4m3fn_to_e4m3fnuz`); and it makes -0, which is fnuz's NaN, 0. NaN, which is fnuz's
+    largest number, is NaN again, and refused as everywhere.
+    """
+    for name in ("w13_weight", "w2_weight"):
+        codes = getattr(layer, name).data
+        if codes.dtype != torch.float8_e4m3fnuz:
+            continue
+        replace_parameter(layer, name, codes.view(torch.float8_e4m3fn))
+        scale = f"{name}_scale_inv"
+        replace_parameter(layer, scale, getattr(layer, scale).data / 2)
+
+
 def _read_fp8_block(layer: Any, kept: _Fp8Blocks) -> list[torch.Tensor | None]:
     return [
         layer.w13_weight,
@@ -265,7 +281,7 @@ _METHODS = {
     "Fp8MoEMethod": _Method(
         Fp8BlockWeights.name,
         _merge_fp8_scales,
-        _nothing,
+        _undo_fnuz,
         _read_fp8_block,
         ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"),
     ),

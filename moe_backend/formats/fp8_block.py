@@ -204,36 +204,3 @@ def dequantize_per_group(
     """Inverse of `quantize_per_group`, in fp32."""
     k = codes.shape[-1]
     return decode(codes) * scale.repeat_interleave(group_size, -1)[..., :k]
-
-
-def fn_to_fnuz(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reread e4m3fn codes as e4m3fnuz (gfx942) without changing any value.
-
-    The same byte means half as much, so the scale doubles. Negative zero (0x80, which is fnuz's
-    NaN) becomes zero; e4m3fn's two NaNs become fnuz's one.
-    """
-    expect_dtype("codes", codes, torch.float8_e4m3fn)
-    byte = codes.view(torch.uint8).clone()
-    nan = (byte & 0x7F) == 0x7F
-    byte[byte == 0x80] = 0
-    byte[nan] = 0x80
-    return byte.view(torch.float8_e4m3fnuz), scale * 2
-
-
-def fnuz_to_fn(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reread e4m3fnuz codes as e4m3fn without changing any value.
-
-    Raises:
-        ValueError: a code is fnuz's largest, 0x7F or 0xFF, which e4m3fn reads as NaN; such a
-            tensor has no lossless twin and is decoded as fnuz instead.
-    """
-    expect_dtype("codes", codes, torch.float8_e4m3fnuz)
-    byte = codes.view(torch.uint8).clone()
-    top = (byte & 0x7F) == 0x7F
-    if bool(top.any()):
-        raise ValueError(
-            f"{int(top.sum())} codes are 0x7F or 0xFF (+-240 in e4m3fnuz), which e4m3fn cannot "
-            "hold; requantise the checkpoint to e4m3fn."
-        )
-    byte[byte == 0x80] = 0x7F
-    return byte.view(torch.float8_e4m3fn), scale / 2
