@@ -8,7 +8,6 @@ the tensors that it reads, so a compiled graph always sees the layer's present w
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -18,8 +17,6 @@ from moe_backend.formats import Bf16Weights, Weights
 from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.registry import Kernel, LayerConfig, Selection, kernel_named, select
 from moe_backend.kernels.warmup import Report, warm_up
-
-logger = logging.getLogger("moe_backend")
 
 
 class FusedMoE:

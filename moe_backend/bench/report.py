@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-
 # What each of `measure.CACHES` means for a time.
 CACHED = {
     "written": "L2 written",

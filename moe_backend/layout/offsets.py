@@ -41,7 +41,3 @@ class StartOffsets:
     """`tensor` `[E + 1]` int32: group `e` is `tensor[e]` to `tensor[e + 1]`; `tensor[0]` is 0."""
 
     tensor: torch.Tensor
-
-    def ends(self) -> EndOffsets:
-        """The same groups by their ends."""
-        return EndOffsets(self.tensor[1:])

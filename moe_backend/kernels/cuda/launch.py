@@ -59,7 +59,7 @@ class TensorMap(NamedTuple):
         box: of one copy, its first dimension 128 bytes.
         streamed: L2 fetches no more than what is asked for, not 256 bytes: with copies after which
             it gives lines up first, what came besides would be gone when it is wanted (on an H200
-            3 to 20 % slower).
+            3 to 8 % slower).
     """
 
     memory: torch.Tensor | Memory

@@ -162,7 +162,7 @@ FEW_TOKENS, FEW_TOKENS_NARROW, NARROW = 4, 8, 512
 FEW_SLOTS, FEW_BYTES = 64, 250e6
 # Formats whose narrow shards go on with `Flow`, if it can run them, after FEW_TOKENS: of
 # Qwen3-235B in NVFP4, TP8 and TP4, `Few` took 67.4 and 91.9 us with 8 tokens, 46.5 and 61.5 with 5,
-# `Flow` 49.0 and 70.6, 45.9 and 59.2; with 4 38.7 and 52.5, 43.1 and 50.0.
+# `Flow` 49.2 and 70.0, 45.7 and 59.0; with 4 38.7 and 52.5, 43.1 and 50.0.
 NARROW_FLOWS = (Nvfp4Weights.name,)
 # Tiles of 128 hidden columns from which they win over tiles of 64: four for each of an H200's
 # multiprocessors. Measured at 64 tokens far below (300) and far above (2,400).

@@ -96,7 +96,7 @@ DEVICE void barrier_arrive_at(u64* barrier, int rank) {
 
 // --- Copies to shared memory ---
 
-// L2 gives up first what comes with this (PTX ISA, createpolicy): of what is read once the rest of L2 is kept.
+// For data that is read about once: L2 evicts it before everything else (PTX ISA, createpolicy).
 DEVICE u64 evict_first() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
