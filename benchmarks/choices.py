@@ -7,8 +7,7 @@ A choice is `default` (what runs such a call here), `untuned` (the same without 
 `flow TOKENS GROUPS BLOCKS` with as many stages as fit, `pairs STAGES`, or JSON as in a tuned table.
 Each is checked against plain torch and repeated bit for bit, as `moe-backend tune` does, with the
 routing that is most typical of 64 draws; then the median time of CUDA graph replays counts, with L2
-full of what was read. Exit
-code 1 if one is wrong.
+full of what was read. Exit code 1 if one is wrong.
 """
 
 from __future__ import annotations

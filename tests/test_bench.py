@@ -559,6 +559,9 @@ def test_json_comes_back(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": 1}')
     with pytest.raises(ValueError, match=r"other.json: not a file.*: a list of rows expected"):
         report.read_json(tmp_path / "other.json")
+    report.write_json([replace(ROWS[0], cache="warm")], tmp_path / "newer.json")
+    with pytest.raises(ValueError, match="newer.json: .*'warm' found, accepted: written, read"):
+        report.read_json(tmp_path / "newer.json")
 
 
 def test_lines_of_the_plot_leave_out_what_is_wrong(tmp_path):

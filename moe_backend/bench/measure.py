@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import torch
 
 from moe_backend.bench.inputs import Inputs
+from moe_backend.bench.report import CACHED
 from moe_backend.engines.vllm_rivals import Args, Experts
 from moe_backend.verify.metrics import difference
 
 # What fills L2 before each replay. `written`: zeros just stored, as triton.testing.do_bench has it,
 # which have to go back to memory while the call is timed. `read`: other data just loaded, which is
-# most of what a model's other layers leave. On an H200 4 us of 44 (Step-3.5 EP8, FP8, 8 tokens).
+# most of what a model's other layers leave. On an H200 up to 8 us less, up to 256 tokens.
 # `layers`: as read, but LAYERS calls in one graph, with the reading before each, which is timed
 # alone as well and taken off: what a layer adds to a captured model. A graph's own launch, some 4
 # us, is in the other two.
-CACHES = ("written", "read", "layers")
+CACHES = tuple(CACHED)
 OTHER_BYTES = 1 << 28  # several times an H200's L2
 LAYERS = 8
 TURNS = 5  # of replays with the calls and without

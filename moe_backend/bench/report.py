@@ -9,12 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-# What each of `measure.CACHES` means for a time.
-CACHED = {
-    "written": "L2 written",
-    "read": "L2 read",
-    "layers": "among layers",
-}
+# Ways of filling L2 before a call, which `measure` has, in a report's words.
+CACHED = {"written": "L2 written", "read": "L2 read", "layers": "among layers"}
 
 
 @dataclass
@@ -29,7 +25,7 @@ class Row:
         kernel: of ours, with what it chose for this many tokens.
         notes: by backend, why it could not run, or what it chose.
         device, versions, date, rates: of the run; rates are those that the floor assumes.
-        cache: how L2 was filled before each call, one of `measure.CACHES`.
+        cache: how L2 was filled before each call, one of CACHED.
     """
 
     case: str
@@ -91,6 +87,8 @@ def read_json(file: Path) -> list[Row]:
 
 def _row(data: dict[str, Any]) -> Row:
     row = Row(**data)
+    if row.cache not in CACHED:
+        raise ValueError(f"cache {row.cache!r} found, accepted: {', '.join(CACHED)}")
     row.ours_us = _number(row.ours_us)
     row.rivals = {name: _number(us) for name, us in row.rivals.items()}
     return row

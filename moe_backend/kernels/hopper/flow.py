@@ -117,8 +117,7 @@ def _maps(
     streamed = _streams(layer, choice)
     if layer.format == Fp8BlockWeights.name:
         turns_of_eight = TensorMap(
-            w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1),
-            streamed,
+            w13, (h, 8, 2, i // 8, e), (h, i * h, 8 * h, 2 * i * h), (128, 8, 2, 4, 1), streamed
         )  # fmt: skip
         return [
             turns_of_eight, rows_of(w2, e * h, i, 64, streamed),
