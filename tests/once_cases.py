@@ -8,6 +8,8 @@ from itertools import product
 import torch
 from cuda_host import driver
 
+from moe_backend.kernels.hopper.codes import rearranged
+
 SOURCE = driver.KERNELS / "once.cu"
 SHARED = 120000
 BF16, FP8, NVFP4 = range(3)
@@ -72,7 +74,7 @@ def weights(layer: Layer, rows: int, columns: int, n: int, k: int, halves: int) 
         spread = scale.repeat_interleave(n, 2)[:, :, :rows].repeat_interleave(k, 3)[..., :columns]
         return Weights(codes, scale, none, codes.float() * spread.flatten(1, 2))
     nibbles = torch.randint(0, 16, (e, halves * rows, columns))
-    packed = (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
+    packed = rearranged((nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8))
     scale = (torch.rand(e, halves * rows, columns // 16) * 2).to(torch.float8_e4m3fn)
     factor = (torch.rand(e, halves) + 0.5) * columns**-0.5 * 0.3
     dense = E2M1[nibbles] * scale.float().repeat_interleave(16, 2)

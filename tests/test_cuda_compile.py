@@ -71,7 +71,7 @@ def kernels_of(monkeypatch):
             ids = torch.empty(tokens, layer.top_k, dtype=torch.int32)
             weights = torch.empty(tokens, layer.top_k)
             expert_map = torch.empty(layer.num_experts, dtype=torch.int32)
-        tensors = shape.weights("meta").tensors()
+        tensors = kernel.HopperKernel().prepare(shape.weights("meta"))
         given = x, weights, ids, expert_map if layer.expert_parallel else None
         with launch.instead_of_launching(found.append):
             kernel.run(layer, tensors, *given, choice)

@@ -22,6 +22,7 @@ from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
 from moe_backend.verify.run import expected, passes
 
+prepare = kernel.HopperKernel().prepare
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 STEP = Activation.from_name("swiglustep")
@@ -72,7 +73,7 @@ def encoded(argument):
 def check(problem, choice, **changes):
     given = {"x": problem.x, "topk_weights": problem.topk_weights, "topk_ids": problem.topk_ids}
     given |= {"expert_map": problem.expert_map, **changes}
-    out = kernel.run(problem.layer, problem.weights.tensors(), **given, choice=choice)
+    out = kernel.run(problem.layer, prepare(problem.weights), **given, choice=choice)
     groups = choice.activation_groups(problem.layer)
     found = difference(out, expected(problem, groups))
     assert passes(found, problem.case, quantised=groups is not None), found
@@ -234,7 +235,7 @@ def test_pairs_with_routing_weights_on_the_input(launches, name):
     problem = weights_on_input(name)
     choice = tiles.pairs(problem.layer)
     given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map
-    out = kernel.run(problem.layer, problem.weights.tensors(), *given, choice)
+    out = kernel.run(problem.layer, prepare(problem.weights), *given, choice)
     weighed = problem.x.float() * problem.topk_weights
     same = replace(problem, x=weighed, topk_weights=torch.ones_like(problem.topk_weights))
     found = difference(out, expected(same, choice.activation_groups(problem.layer)))

@@ -76,8 +76,9 @@ def test_only_the_first_waits_for_what_came_before(launches, layout, name, choic
     sizes = {"hidden_size": 256, "intermediate_size": 256}
     problem = build(Case(name, ACTIVATIONS[0], layout=layout, **sizes))
     layer = replace(problem.layer, device="cuda")
+    prepared = kernel.HopperKernel().prepare(problem.weights)
     kernel.run(
-        layer, problem.weights.tensors(), problem.x, problem.topk_weights, problem.topk_ids,
+        layer, prepared, problem.x, problem.topk_weights, problem.topk_ids,
         problem.expert_map, choice(layer),
     )  # fmt: skip
     assert launches == [(n, number > 0 or n in CUDA) for number, n in enumerate(names)]

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from moe_backend.formats.nvfp4 import E2M1_VALUES, dequantize
 from moe_backend.kernels.hopper import device
+from moe_backend.kernels.hopper.codes import rearranged
 
 WORD = 2**32 - 1
 
@@ -68,8 +69,9 @@ def execute(code, given):
             result = sources[0] & sources[1]
         elif name == "shl.b32":
             result = sources[0] << sources[1] & WORD
-        elif name == "shr.b32":
-            result = sources[0] >> sources[1]
+        elif name == "shf.l.wrap.b32":
+            assert 0 < sources[2] < 32
+            result = (sources[0] >> 32 - sources[2] | sources[1] << sources[2]) & WORD
         elif name == "mul.lo.u32":
             result = sources[0] * sources[1] & WORD
         elif name == "mul.rn.bf16x2":
@@ -105,6 +107,12 @@ def test_a_scale_of_minus_zero_is_zero():
     assert out["$0"].item() == out["$1"].item() == 0
 
 
+def as_bytes(words):
+    """`[1, 1, ...]` uint8 of 32-bit words."""
+    parts = [words >> 8 * i & 0xFF for i in range(4)]
+    return torch.stack(parts, -1).to(torch.uint8).reshape(1, 1, -1)
+
+
 @pytest.mark.parametrize("nibble", range(8))
 def test_codes_times_scales(nibble):
     """Each code in each of the eight places of a word, beside all-ones and beside zeros."""
@@ -112,8 +120,8 @@ def test_codes_times_scales(nibble):
     code = torch.arange(16)[:, None, None]
     others = torch.tensor([0, WORD & ~(15 << 4 * nibble)])[:, None]
     word = (code << 4 * nibble | others).expand(16, 2, 127)
+    word = rearranged(as_bytes(word)).view(16, 2, 127).long() & WORD
     out = execute(device._DECODE.value, {"$8": word, "$9": scales.expand(16, 2, 127)})
-    # Low nibbles of bytes 0, 2, 1, 3, then the high ones.
     place = {0: 0, 4: 1, 2: 2, 6: 3, 1: 4, 5: 5, 3: 6, 7: 7}[nibble]
     found = halves(out[f"${place}"])[0]
     values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64)
@@ -158,6 +166,6 @@ def test_decoder_on_a_gpu():
     codes = (order[:, ::2] | order[:, 1::2] << 4).to(torch.uint8).reshape(64, 128)
     scales = (torch.arange(64 * 16) % 127).to(torch.uint8).view(torch.float8_e4m3fn).reshape(64, 16)
     out = torch.zeros(64, 256, dtype=torch.bfloat16, device="cuda")
-    _decoder[(1,)](codes.cuda().view(torch.int32), scales.cuda(), out)
+    _decoder[(1,)](rearranged(codes.cuda()[None]), scales.cuda(), out)
     want = dequantize(codes, scales, torch.ones(1), torch.float32)
     assert torch.equal(out.cpu().float() * 256, want)

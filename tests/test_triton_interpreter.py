@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 from moe_backend.formats import Bf16Weights
 from moe_backend.kernels.hopper import tiled
-from moe_backend.kernels.hopper.kernel import shape_refusal
+from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiles import Tile, Tiles
 from moe_backend.kernels.triton import kernel as triton
 from moe_backend.verify.metrics import difference
@@ -72,7 +72,7 @@ for number, case in enumerate(cases()):
     split = case.format != "nvfp4" and number % 2 == 0 and case.w13_block[0] % 64 == 0
     n = 64 if split else 32
     tiles = Tiles(Tile(16, n, k13, 4, 3, 1, split), Tile(16, 64, k2, 4, 3, 1))
-    out = tiled.run(layer, *args, tiles, on_gpu=False)
+    out = tiled.run(layer, HopperKernel().prepare(weights), *args[1:], tiles, on_gpu=False)
     if fp8:
         # The interpreter truncates casts to fp8, so this shows wrong indexing only.
         found = difference(out, expected(p, (128, n)))
@@ -93,7 +93,8 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # what torch.empty returns is NaN
 from moe_backend.formats import Bf16Weights
 from moe_backend.kernels.hopper import few
-from moe_backend.kernels.hopper.kernel import shape_refusal
+from moe_backend.kernels.hopper.codes import rearranged
+from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiles import Few, Part
 from moe_backend.kernels.reference import ReferenceKernel
 from moe_backend.verify.metrics import difference
@@ -127,13 +128,17 @@ for number, case in enumerate(cases()):
         2,
         1 + number % 2,
     )
-    out = few.run(layer, *args, deal, on_gpu=False)
+    if case.format == "nvfp4":
+        tensors[0], tensors[3] = rearranged(tensors[0]), rearranged(tensors[3])
+    out = few.run(layer, tensors, *args[1:], deal, on_gpu=False)
     found = difference(out, p.reference.half() if case.integer else p.reference)
     results[case.name] = [found.rel_l2, found.equal if case.integer else found.within(1e-3)]
     if case.top_k == 2 and case.tokens == 7 and kind == 0 and case.layout == "unsharded":
         layer = replace(layer, top_k=1, apply_router_weight_on_input=True)
         first = p.topk_weights[:, :1], p.topk_ids[:, :1]
-        out = few.run(layer, weights.tensors(), p.x.half(), *first, None, deal, on_gpu=False)
+        out = few.run(
+            layer, HopperKernel().prepare(weights), p.x.half(), *first, None, deal, on_gpu=False
+        )
         layer = replace(layer, dtype="float32")
         expected = ReferenceKernel().apply(layer, weights.tensors(), p.x.float(), *first, None)
         found = difference(out, expected)

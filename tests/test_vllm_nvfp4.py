@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
+from test_hopper_codes import codes_of
 from vllm_layers import (
     NVFP4_DIALECTS,
     checkpoint_tensors,
@@ -21,6 +22,7 @@ from vllm_layers import (
 )
 
 from moe_backend.formats.folding import fold
+from moe_backend.formats.nvfp4 import pack
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
@@ -364,3 +366,67 @@ def test_native_layer_through_vllm(monkeypatch):
     swapped[problem.topk_ids == 0] = 1
     swapped[problem.topk_ids == 1] = 0
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
+
+
+# --- In the order of Hopper's decoders ------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Hopper's preparation, and plain torch on codes that are put back in order."""
+    from moe_backend.kernels import registry
+    from moe_backend.kernels.hopper.kernel import HopperKernel
+
+    class OnTheCpu(HopperKernel):
+        def refusal(self, layer):
+            return None
+
+        def warmup_tokens(self, layer, max_tokens):
+            return []
+
+        def apply(self, layer, tensors, *given):
+            in_order = list(tensors)
+            for n in (0, 3):
+                in_order[n] = pack(codes_of(tensors[n]).flatten(-2).to(torch.uint8))
+            return registry.kernel_named("reference").apply(layer, in_order, *given)
+
+    others = registry.kernels()[1:]
+    monkeypatch.setattr(registry, "kernels", lambda: [OnTheCpu(), *others])
+
+
+@pytest.mark.usefixtures("packed", "hopper")
+@pytest.mark.parametrize("dialect", NVFP4_DIALECTS)
+def test_layer_in_the_order_of_the_decoders(dialect):
+    """Its words take the parameters' place; EPLB moves them, a reload writes there."""
+    first, second = build(CASE), build(CASE, seed=1)
+    layer = reloadable(first, dialect)
+    fused = layer.experts.quant_method.moe_kernel.fused_experts.fused_moe
+    assert "kernel=hopper" in fused.describe()
+    weight = layer.experts.w13_weight
+    assert weight.dtype == torch.int32
+    assert weight.nbytes == first.weights.w13.nbytes
+    before = layer(*inputs(first))
+    assert difference(before, first.reference).within(REL_L2)
+    for moved in layer.experts.get_expert_weights():
+        moved[[0, 1]] = moved[[1, 0]]
+    swapped = first.topk_ids.clone()
+    swapped[first.topk_ids == 0] = 1
+    swapped[first.topk_ids == 1] = 0
+    assert torch.equal(layer(first.x, first.topk_weights, swapped), before)
+    reload(layer, checkpoint_tensors(second.weights, dialect))
+    assert layer.experts.w13_weight.data_ptr() == weight.data_ptr()
+    after = layer(*inputs(first))
+    assert difference(after, reference(replace(first, weights=second.weights))).within(REL_L2)
+
+
+@pytest.mark.usefixtures("packed", "hopper")
+def test_codes_loaded_into_the_order_of_the_decoders_are_refused():
+    problem = build(CASE)
+    layer = loaded(problem, "nvfp4_modelopt")
+    (tensor,) = (
+        t
+        for name, shard, expert, t in checkpoint_tensors(problem.weights, "nvfp4_modelopt")
+        if (name, shard, expert) == ("w13_weight", "w1", 2)
+    )
+    with pytest.raises(ValueError, match="w13_weight is in the layout of kernel hopper"):
+        layer.load_one("w13_weight", "w1", 2, tensor)

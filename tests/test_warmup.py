@@ -36,7 +36,7 @@ def test_rows_are_put_one_after_another(kernel):
     wide = torch.ones(len(w.w13), 1).expand(-1, 2)
     tensors = kernel.prepare(replace(w, w13=turned, w13_global_scale=wide))
     assert all(t is None or t.is_contiguous() for t in tensors)
-    assert torch.equal(tensors[0], w.w13)
+    assert torch.equal(tensors[0], kernel.prepare(w)[0])
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +58,8 @@ def problem(name="fp8_block", layout="unsharded", **changes):
 
 def call(kernel, p, tokens):
     """A call with so many tokens, as `warm_up` makes them."""
-    return lambda: warmup._calls(kernel, p.layer, p.weights.tensors(), torch.device("cpu"), tokens)(
-        tokens
-    )
+    tensors = kernel.prepare(p.weights)
+    return lambda: warmup._calls(kernel, p.layer, tensors, torch.device("cpu"), tokens)(tokens)
 
 
 # What runs for up to 2,000 tokens of the layer below.
@@ -75,7 +74,7 @@ MANY_IN_CUDA = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_nothing_compiles_after_the_warm_up(counts, kernel, name):
     p = problem(name, "ep", hidden_size=256, intermediate_size=256)
-    report = warm_up(kernel, p.layer, p.weights.tensors(), 2000)
+    report = warm_up(kernel, p.layer, kernel.prepare(p.weights), 2000)
     assert report.kernels == report.compiled == len(counts.compiled) > 4
     assert report.left == ()
     assert counts.launched
@@ -118,7 +117,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "w13_block": (32, 32), "w2_
 def test_candidates_need_every_variant_there_is(counts, kernel, changes, most):
     """Brute force over all token counts; those of the candidates are a subset by construction."""
     p = problem(**changes)
-    run = warmup._calls(kernel, p.layer, p.weights.tensors(), torch.device("cpu"), most)
+    run = warmup._calls(kernel, p.layer, kernel.prepare(p.weights), torch.device("cpu"), most)
     found = set()
     for tokens in kernel.warmup_tokens(p.layer, most):
         found |= variants_missing(lambda t=tokens: run(t))
@@ -151,11 +150,11 @@ def test_slices_start_at_aligned_addresses():
 
 def test_equal_layers_are_warmed_once(counts):
     p, kernel = problem(), KERNELS[0]
-    assert warm_up(kernel, p.layer, p.weights.tensors(), 64) is not None
+    assert warm_up(kernel, p.layer, kernel.prepare(p.weights), 64) is not None
     compiled = len(counts.compiled)
-    assert warm_up(kernel, p.layer, p.weights.tensors(), 64) is None
+    assert warm_up(kernel, p.layer, kernel.prepare(p.weights), 64) is None
     other = replace(p.layer, activation=Activation.from_name("silu"))
-    report = warm_up(kernel, other, p.weights.tensors(), 64)
+    report = warm_up(kernel, other, kernel.prepare(p.weights), 64)
     assert 0 < report.kernels < compiled  # the second GEMM, the routing and the sum are shared
     assert len(counts.compiled) == compiled + report.kernels
 

@@ -55,6 +55,9 @@ inline u32 __byte_perm(u32 a, u32 b, u32 select) {
     for (int i = 0; i < 4; i++) result |= static_cast<u32>(both >> 8 * (select >> 4 * i & 7) & 0xFF) << 8 * i;
     return result;
 }
+inline u32 __funnelshift_l(u32 low, u32 high, u32 shift) {
+    return static_cast<u32>((static_cast<u64>(high) << 32 | low) << (shift & 31) >> 32);
+}
 inline float __expf(float x) { return expf(x); }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }

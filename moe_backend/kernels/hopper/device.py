@@ -23,35 +23,28 @@ from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate,
 
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 
-# Four bytes of a row, eight e2m1 codes, to bf16 times the scale of their group, $9: the low nibbles
-# of bytes 0, 2, 1, 3 to $0..$3, the high ones to $4..$7. A product puts a code's sign at bit 15 and
-# its three other bits at 6..8 of a bf16, where they read as its magnitude times 2**-126, subnormal
-# or not; the scales carry 2**118 and the caller the rest. Multiplied, not shifted: shifts and logic
-# share one pipe of half the rate, which is what bounds the decoder.
+# A word of eight e2m1 codes in the order of `codes.py`, to bf16 times the scale of their group, $9:
+# codes 0, 4, 2, 6 to $0..$3, codes 1, 5, 3, 7 to $4..$7. The scales carry 2**118 and the caller
+# the rest.
 _DECODE: tl.constexpr = tl.constexpr(
     """
     {
-    .reg .b32 c, h;
+    .reg .b32 c;
     .reg .b32 s;
     mov.b32 s, {$9, $9};
-    and.b32 c, $8, 0x000F000F;
-    mul.lo.u32 c, c, 0x1040;
-    and.b32 c, c, 0x81C081C0;
+    and.b32 c, $8, 0x81C081C0;
     mul.rn.bf16x2 c, c, s;
     mov.b32 {$0, $1}, c;
-    and.b32 c, $8, 0x00F000F0;
-    mul.lo.u32 c, c, 0x104;
+    shf.l.wrap.b32 c, $8, $8, 10;
     and.b32 c, c, 0x81C081C0;
     mul.rn.bf16x2 c, c, s;
     mov.b32 {$4, $5}, c;
-    shr.b32 h, $8, 8;
-    and.b32 c, h, 0x000F000F;
-    mul.lo.u32 c, c, 0x1040;
+    shf.l.wrap.b32 c, $8, $8, 13;
     and.b32 c, c, 0x81C081C0;
     mul.rn.bf16x2 c, c, s;
     mov.b32 {$2, $3}, c;
-    and.b32 c, h, 0x00F000F0;
-    mul.lo.u32 c, c, 0x104;
+    and.b32 c, $8, 0x001B001B;
+    mul.lo.u32 c, c, 0x4108;
     and.b32 c, c, 0x81C081C0;
     mul.rn.bf16x2 c, c, s;
     mov.b32 {$6, $7}, c;
@@ -221,7 +214,7 @@ def _bf16_scales(scale):
 
 @triton.jit
 def _decoded_words(packed, spread):
-    """Of each word's bytes 0, 2, 1, 3 the low nibbles times its scale, then the high ones."""
+    """Of each word codes 0, 4, 2, 6 times its scale, then 1, 5, 3, 7."""
     return tl.inline_asm_elementwise(
         _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [packed, spread],
         dtype=(
@@ -230,6 +223,25 @@ def _decoded_words(packed, spread):
         ),
         is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _codes_of(word):
+    """The eight e2m1 codes of words in the order of `codes.py`, without PTX."""
+    word = word.to(tl.uint32, bitcast=True)
+    c0, c4 = _codes_of_pair(word)
+    c1, c5 = _codes_of_pair(word << 10 | word >> 22)
+    c2, c6 = _codes_of_pair(word << 13 | word >> 19)
+    c3, c7 = _codes_of_pair((word & 0x001B001B) * 0x4108)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _codes_of_pair(pair):
+    """Codes whose bits lie where bf16 wants them, in the low and in the high half of a word."""
+    low = (pair >> 12 & 8) | (pair >> 6 & 7)
+    high = (pair >> 28 & 8) | (pair >> 22 & 7)
+    return low, high
 
 
 @triton.jit
@@ -245,14 +257,15 @@ def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE:
     else:
         spread = scale.to(tl.float32) * 0.00390625
         spread = tl.broadcast_to(spread[:, :, None], (ROWS, 16, 2)).reshape(ROWS, 32)
-        e0 = (_e2m1(packed, tl.float32) * spread).to(COMPUTE)
-        o0 = (_e2m1(packed >> 4, tl.float32) * spread).to(COMPUTE)
-        e1 = (_e2m1(packed >> 8, tl.float32) * spread).to(COMPUTE)
-        o1 = (_e2m1(packed >> 12, tl.float32) * spread).to(COMPUTE)
-        e2 = (_e2m1(packed >> 16, tl.float32) * spread).to(COMPUTE)
-        o2 = (_e2m1(packed >> 20, tl.float32) * spread).to(COMPUTE)
-        e3 = (_e2m1(packed >> 24, tl.float32) * spread).to(COMPUTE)
-        o3 = (_e2m1(packed >> 28, tl.float32) * spread).to(COMPUTE)
+        c0, c1, c2, c3, c4, c5, c6, c7 = _codes_of(packed)
+        e0 = (_e2m1(c0, tl.float32) * spread).to(COMPUTE)
+        o0 = (_e2m1(c1, tl.float32) * spread).to(COMPUTE)
+        e1 = (_e2m1(c2, tl.float32) * spread).to(COMPUTE)
+        o1 = (_e2m1(c3, tl.float32) * spread).to(COMPUTE)
+        e2 = (_e2m1(c4, tl.float32) * spread).to(COMPUTE)
+        o2 = (_e2m1(c5, tl.float32) * spread).to(COMPUTE)
+        e3 = (_e2m1(c6, tl.float32) * spread).to(COMPUTE)
+        o3 = (_e2m1(c7, tl.float32) * spread).to(COMPUTE)
     even = tl.join(tl.join(e0, e1), tl.join(e2, e3))  # bytes 0, 2, 1, 3
     odd = tl.join(tl.join(o0, o1), tl.join(o2, o3))
     even = even.reshape(ROWS, 4, 8, 2, 2).permute(0, 2, 3, 1, 4).reshape(ROWS, 128)

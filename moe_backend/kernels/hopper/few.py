@@ -48,9 +48,10 @@ def run(
     ids = topk_ids.contiguous()
     weights = topk_weights.float().contiguous()
     table = ids if expert_map is None else expert_map
-    # A byte of two codes meets a word of two activations.
-    nvfp4 = layer.format == Nvfp4Weights.name
-    pairs = torch.int32 if nvfp4 else x.dtype
+    pairs = x.dtype
+    if layer.format == Nvfp4Weights.name:
+        # Bytes of words of codes; each byte meets a word of two activations.
+        w13, w2, pairs = w13.view(torch.uint8), w2.view(torch.uint8), torch.int32
     shared: dict[str, Any] = {
         "TOP_K": top_k,
         "IDS": layer.num_local_experts if expert_map is None else layer.num_experts,

@@ -17,43 +17,36 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_backend.kernels.hopper.device import _codes_of
 from moe_backend.kernels.triton.device import BF16, FP8_BLOCK, NVFP4, _activate, _e2m1
 
-# Four bytes, each two e2m1 codes, to fp32: low nibbles to $0..$3, high ones to $4..$7. A code's
-# three low bits, put at bits 9..11 of an fp16, read as its magnitude times 2**-14, subnormal or
-# not. Nibbles j and j + 4 of the word lie at the same place of its two halves.
+# Four bytes, a word of eight e2m1 codes in the order of `codes.py`, to fp32: those of even columns
+# to $0..$3, those of odd ones to $4..$7. As bf16 they read as their values times 2**-126.
 _DECODE: tl.constexpr = tl.constexpr(
     """
     {
-    .reg .b32 s, m;
-    .reg .b16 l, h;
-    shl.b32 s, $8, 12;
-    shl.b32 m, $8, 9;
-    and.b32 m, m, 0x0E000E00;
-    lop3.b32 m, s, 0x80008000, m, 0xEA;
-    mov.b32 {l, h}, m;
-    cvt.f32.f16 $0, l;
-    cvt.f32.f16 $2, h;
-    shl.b32 s, $8, 8;
-    shl.b32 m, $8, 5;
-    and.b32 m, m, 0x0E000E00;
-    lop3.b32 m, s, 0x80008000, m, 0xEA;
-    mov.b32 {l, h}, m;
-    cvt.f32.f16 $4, l;
-    cvt.f32.f16 $6, h;
-    shl.b32 s, $8, 4;
-    shl.b32 m, $8, 1;
-    and.b32 m, m, 0x0E000E00;
-    lop3.b32 m, s, 0x80008000, m, 0xEA;
-    mov.b32 {l, h}, m;
-    cvt.f32.f16 $1, l;
-    cvt.f32.f16 $3, h;
-    shr.b32 m, $8, 3;
-    and.b32 m, m, 0x0E000E00;
-    lop3.b32 m, $8, 0x80008000, m, 0xEA;
-    mov.b32 {l, h}, m;
-    cvt.f32.f16 $5, l;
-    cvt.f32.f16 $7, h;
+    .reg .b32 c, f;
+    mov.b32 f, 0x7E807E80;
+    and.b32 c, $8, 0x81C081C0;
+    mul.rn.bf16x2 c, c, f;
+    shl.b32 $0, c, 16;
+    and.b32 $2, c, 0xFFFF0000;
+    shf.l.wrap.b32 c, $8, $8, 10;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, f;
+    shl.b32 $4, c, 16;
+    and.b32 $6, c, 0xFFFF0000;
+    shf.l.wrap.b32 c, $8, $8, 13;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, f;
+    shl.b32 $1, c, 16;
+    and.b32 $3, c, 0xFFFF0000;
+    and.b32 c, $8, 0x001B001B;
+    mul.lo.u32 c, c, 0x4108;
+    and.b32 c, c, 0x81C081C0;
+    mul.rn.bf16x2 c, c, f;
+    shl.b32 $5, c, 16;
+    and.b32 $7, c, 0xFFFF0000;
     }
     """
 )
@@ -107,6 +100,18 @@ def _quarters(piece, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _decode(w, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """Values of even and of odd columns, of bytes in the order of `codes.py`; without PTX."""
+    even, odd = tl.split(tl.reshape(w.to(tl.uint32), (GROUPS, LANES * 4, 2, 2)))
+    b0, b2 = tl.split(even)
+    b1, b3 = tl.split(odd)
+    c0, c1, c2, c3, c4, c5, c6, c7 = _codes_of(b0 | b1 << 8 | b2 << 16 | b3 << 24)
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6)).reshape(GROUPS, LANES * 16)
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7)).reshape(GROUPS, LANES * 16)
+    return _e2m1(even, tl.float32), _e2m1(odd, tl.float32)
+
+
+@triton.jit
 def _add_products(
     acc,
     w,
@@ -134,22 +139,22 @@ def _add_products(
         acc += (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3) * scale[:, :, None]
     else:
         if PTX:
+            # A thread has 16 neighbouring bytes of a row (what `_scale` counts on as well), so each
+            # four that the assembler text is given are a word.
             even, odd = tl.inline_asm_elementwise(
                 _DECODE, "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
                 dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            even = _e2m1(w & 15, tl.float32) * 0.00006103515625
-            odd = _e2m1(w >> 4, tl.float32) * 0.00006103515625
+            even, odd = _decode(w, GROUPS, LANES)
         x_even, x_odd = _halves(x, HALF)
         # Bytes 0..7 share one scale, bytes 8..15 the next: they must stay apart in the last axis.
         e0, e1 = tl.split(tl.reshape(even, (GROUPS, LANES, 2, 4, 2)))
         o0, o1 = tl.split(tl.reshape(odd, (GROUPS, LANES, 2, 4, 2)))
         a0, a1 = tl.split(tl.reshape(x_even, (GROUPS, LANES, 2, 4, 2)))
         b0, b1 = tl.split(tl.reshape(x_odd, (GROUPS, LANES, 2, 4, 2)))
-        # The decoder's results are 2**-14 times what they stand for.
         part = e0 * a0 + e1 * a1 + o0 * b0 + o1 * b1
-        part *= tl.reshape(scale * 16384.0, (GROUPS, LANES, 2, 1))
+        part *= tl.reshape(scale, (GROUPS, LANES, 2, 1))
         acc += tl.sum(part, 2)
     return acc
 

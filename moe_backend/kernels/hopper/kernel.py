@@ -17,6 +17,7 @@ from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import few, flow, once, pairs, route, tiled
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
+from moe_backend.kernels.hopper.codes import rearranged
 from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Tiles
 from moe_backend.kernels.registry import LayerConfig, in_rows
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
@@ -70,7 +71,10 @@ class HopperKernel:
 
     def prepare(self, weights: Weights) -> list[torch.Tensor | None]:
         once.make_room(weights.w13.device)
-        return in_rows(weights)
+        tensors = in_rows(weights)
+        if isinstance(weights, Nvfp4Weights):
+            tensors[0], tensors[3] = rearranged(weights.w13), rearranged(weights.w2)
+        return tensors
 
     def apply(
         self,
@@ -116,9 +120,15 @@ def run(
     """The experts of one layer; arguments as in `registry.Kernel.apply`.
 
     Args:
+        tensors: of `HopperKernel.prepare`.
         choice: another method or other tiles than the table's.
+    Raises:
+        TypeError: NVFP4 codes in the checkpoint's order.
     """
-    choice = choice or choose(layer, len(x))
+    w13, choice = tensors[0], choice or choose(layer, len(x))
+    if layer.format == Nvfp4Weights.name and (w13 is None or w13.dtype != torch.int32):
+        found = None if w13 is None else w13.dtype
+        raise TypeError(f"NVFP4 codes are {found}, not int32 words: `prepare` the weights first")
     # Kernels in CUDA C++ read whole numbers of these sizes.
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.int()

@@ -139,7 +139,6 @@ def _w13_view(w13: torch.Tensor, tile: Tile) -> Any:
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    w13 = _elements(w13)
     e, rows, width = w13.shape
     i = rows // 2
     if tile.split:
@@ -158,13 +157,7 @@ def _w2_view(w2: torch.Tensor, tile: Tile) -> Any:
     """`w2` for the tensor memory accelerator."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    w2 = _elements(w2)
     return TensorDescriptor(w2, list(w2.shape), list(w2.stride()), [1, tile.n, _columns(w2, tile)])
-
-
-def _elements(weight: torch.Tensor) -> torch.Tensor:
-    """NVFP4 codes in words of eight, as their decoder takes them."""
-    return weight.view(torch.int32) if weight.dtype == torch.uint8 else weight
 
 
 def _columns(weight: torch.Tensor, tile: Tile) -> int:

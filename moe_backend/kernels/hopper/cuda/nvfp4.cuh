@@ -10,13 +10,11 @@ DEVICE u32 decode_scales(u32 two) {
     return multiply_bf16(multiply_bf16(spread, 0x7B007B00), 0x7B007B00);
 }
 
-// Eight e2m1 codes as bf16 times a scale. A product puts a code's sign at bit 15 and its other bits at
-// 6..8 of a bf16, where they read as its magnitude times 2**-126. Multiplied, not shifted: shifts and
-// logic share a pipe, which is what bounds the decoder. The caller owes 2**8.
+// Eight e2m1 codes, in the order of bits of `codes.py`, as bf16 times a scale: codes n and n + 4 are pair n. A code's
+// sign at bit 15 and its other bits at 6..8 of a bf16 read as its magnitude times 2**-126. The caller owes 2**8.
 DEVICE void decode(u32 (&pairs)[4], u32 word, u32 scale) {
-    u32 high = word >> 8;
-    pairs[0] = multiply_bf16((word & 0x000F000F) * 0x1040 & 0x81C081C0, scale);
-    pairs[1] = multiply_bf16((word & 0x00F000F0) * 0x104 & 0x81C081C0, scale);
-    pairs[2] = multiply_bf16((high & 0x000F000F) * 0x1040 & 0x81C081C0, scale);
-    pairs[3] = multiply_bf16((high & 0x00F000F0) * 0x104 & 0x81C081C0, scale);
+    pairs[0] = multiply_bf16(word & 0x81C081C0, scale);
+    pairs[1] = multiply_bf16(__funnelshift_l(word, word, 10) & 0x81C081C0, scale);
+    pairs[2] = multiply_bf16(__funnelshift_l(word, word, 13) & 0x81C081C0, scale);
+    pairs[3] = multiply_bf16((word & 0x001B001B) * 0x4108 & 0x81C081C0, scale);
 }

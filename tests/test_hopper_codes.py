@@ -1,0 +1,57 @@
+"""NVFP4 codes in the order of bits that Hopper's decoders take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_backend.activation import Activation
+from moe_backend.formats.nvfp4 import unpack
+from moe_backend.kernels.hopper import codes, kernel
+from moe_backend.kernels.hopper.tiles import Once
+from moe_backend.verify.problems import Case, build
+
+WORD = 2**32 - 1
+
+
+def turned(words, by):
+    return (words << by | words >> 32 - by) & WORD
+
+
+def codes_of(words):
+    """Codes of int32 words as bf16's mask finds them: `[..., 8]`, the first column first."""
+    words = words.long() & WORD
+    pairs = [words, turned(words, 10), turned(words, 13), (words & 0x001B001B) * 0x4108]
+    found = [half >> 12 & 8 | half >> 6 & 7 for half in pairs]
+    found += [half >> 28 & 8 | half >> 22 & 7 for half in pairs]
+    return torch.stack(found, -1)
+
+
+@pytest.mark.parametrize("words_at_a_time", [2**23, 100])
+def test_the_decoders_find_each_code_where_it_was(words_at_a_time, monkeypatch):
+    monkeypatch.setattr(codes, "_WORDS_AT_A_TIME", words_at_a_time)
+    given = torch.randint(0, 256, (5, 6, 64), dtype=torch.uint8)
+    words = codes.rearranged(given)
+    assert words.dtype == torch.int32
+    assert words.shape == (5, 6, 16)
+    assert torch.equal(codes_of(words).flatten(-2), unpack(given).long())
+
+
+def test_each_bit_has_a_place_of_its_own():
+    bits = torch.ones(32, dtype=torch.long) << torch.arange(32)
+    given = bits[:, None] >> torch.arange(0, 32, 8) & 255
+    words = codes.rearranged(given.to(torch.uint8)[None]).long().flatten() & WORD
+    assert sorted(words.tolist()) == bits.tolist()
+
+
+def test_what_is_not_in_rows_is_read_as_it_is():
+    given = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
+    other = given.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(codes.rearranged(other), codes.rearranged(given))
+
+
+def test_codes_in_the_checkpoints_order_are_refused():
+    problem = build(Case("nvfp4", Activation.from_name("silu"), hidden_size=256))
+    given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map
+    with pytest.raises(TypeError, match=r"uint8, not int32 words: `prepare` the weights first"):
+        kernel.run(problem.layer, problem.weights.tensors(), *given, Once(1))
