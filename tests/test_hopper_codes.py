@@ -27,9 +27,9 @@ def codes_of(words):
     return torch.stack(found, -1)
 
 
-@pytest.mark.parametrize("words_at_a_time", [2**23, 100])
+@pytest.mark.parametrize("words_at_a_time", [2**21, 100])
 def test_the_decoders_find_each_code_where_it_was(words_at_a_time, monkeypatch):
-    monkeypatch.setattr(codes, "_WORDS_AT_A_TIME", words_at_a_time)
+    monkeypatch.setattr(codes, "WORDS_AT_A_TIME", words_at_a_time)
     given = torch.randint(0, 256, (5, 6, 64), dtype=torch.uint8)
     words = codes.rearranged(given)
     assert words.dtype == torch.int32

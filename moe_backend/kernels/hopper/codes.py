@@ -22,7 +22,7 @@ import torch
 MASK = 0x81C081C0  # what bf16 wants of the two halves of a word
 # Where the bits of code n < 4 go, the lowest first; those of n + 4 go half a word further on.
 _PLACES = ((6, 7, 8, 15), (28, 29, 30, 5), (25, 26, 27, 2), (3, 4, 0, 1))
-_WORDS_AT_A_TIME = 2**23
+WORDS_AT_A_TIME = 2**21  # 8 MB come up beside the copy
 
 
 def _moves() -> dict[int, int]:
@@ -46,9 +46,8 @@ def rearranged(codes: torch.Tensor) -> torch.Tensor:
     """
     words = codes.contiguous().view(torch.int32)
     new = torch.empty_like(words)
-    # A few experts at a time: what comes up meanwhile stays small beside a layer.
-    step = max(1, _WORDS_AT_A_TIME // max(1, words[:1].numel()))
-    for given, to in zip(words.split(step), new.split(step), strict=True):
+    some = words.view(-1).split(WORDS_AT_A_TIME), new.view(-1).split(WORDS_AT_A_TIME)
+    for given, to in zip(*some, strict=True):
         to.zero_()
         for by, mask in _moves().items():
             moved = given << by if by > 0 else given >> -by  # the sign that comes in is masked
