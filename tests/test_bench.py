@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_layers_that_differ_in_rows_get_the_same_tokens():
 def test_a_right_answer_is_timed(on_cpu):
     weights = SMALL.weights("cpu")
     given = make_inputs(SMALL, weights, 5, "uniform", "cpu")
-    result = measure.measure(call_of(weights), given, "a note")
+    (result,) = measure.measure(call_of(weights), given, "a note").values()
     assert result.us == 7.0
     assert 0 <= result.rel_l2 < 0.01
     assert result.note == "a note"
@@ -234,7 +235,7 @@ def test_a_wrong_answer_is_not_timed(on_cpu, fault):
     weights = SMALL.weights("cpu")
     given = make_inputs(SMALL, weights, 5, "uniform", "cpu")
     call = call_of(weights)
-    result = measure.measure(lambda *args: fault(call(*args)), given)
+    (result,) = measure.measure(lambda *args: fault(call(*args)), given).values()
     assert result.us == "wrong"
     assert on_cpu == []
     json.dumps(result.rel_l2, allow_nan=False)
@@ -245,7 +246,7 @@ def test_an_output_that_a_replay_does_not_write_is_wrong(on_cpu, monkeypatch):
     given = make_inputs(SMALL, weights, 5, "uniform", "cpu")
     call = call_of(weights)
     monkeypatch.setattr(measure, "capture", lambda call, args: (lambda: None, call(*args)))
-    assert measure.measure(call, given).us == "wrong"
+    assert measure.measure(call, given)["written"].us == "wrong"
 
 
 def test_a_failure_is_reported_with_its_reason(on_cpu):
@@ -255,7 +256,9 @@ def test_a_failure_is_reported_with_its_reason(on_cpu):
     def call(*args):
         raise RuntimeError("no such\n  tile")
 
-    assert measure.measure(call, given) == measure.Result(None, None, "RuntimeError: no such tile")
+    failed = measure.Result(None, None, "RuntimeError: no such tile")
+    found = measure.measure(call, given, caches=("written", "read"))
+    assert found == {"written": failed, "read": failed}
 
 
 def test_a_run_marks_each_rival(on_cpu, monkeypatch):
@@ -316,7 +319,7 @@ def test_what_l2_holds_before_is_for_all_backends_and_in_the_rows(on_cpu, monkey
 
     monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
     monkeypatch.setattr(vllm_rivals, "build", build)
-    bench = run.Bench(H200, ("right",), lambda text: None, "cpu", "read")
+    bench = run.Bench(H200, ("right",), lambda text: None, "cpu", ["read"])
     rows = bench.rows(SMALL, "uniform")
     assert {row.cache for row in rows} == {"read"}
     assert on_cpu == ["read"] * 5
@@ -329,6 +332,36 @@ def test_what_l2_holds_before_is_for_all_backends_and_in_the_rows(on_cpu, monkey
     assert "L2 written: 1.00 times" in both
     assert both.count("| read |") == 2
     assert both.count("| written |") == 1
+
+
+def test_several_ways_of_filling_l2_have_a_row_each(on_cpu, monkeypatch):
+    times = {"written": 7.0, "read": 5.0}
+
+    def timed(replay, milliseconds=60, cache="written"):
+        on_cpu.append(cache)
+        return times[cache]
+
+    fitted = []
+
+    def build(layer, weights, wanted, milliseconds):
+        call = call_of(weights)
+        milliseconds(call, make_inputs(SMALL, weights, 1, "uniform", "cpu").args)
+        yield Rival("right", lambda args: fitted.append(0) or (call, ""))
+        yield Missing("absent", "not compiled")
+
+    monkeypatch.setattr(measure, "microseconds", timed)
+    monkeypatch.setattr(vllm_rivals, "installed", lambda: True)
+    monkeypatch.setattr(vllm_rivals, "build", build)
+    bench = run.Bench(H200, ("right",), lambda text: None, "cpu", ["read", "written", "read"])
+    rows = bench.rows(SMALL, "uniform")
+    assert [(row.cache, row.tokens) for row in rows] == [
+        ("read", 1), ("read", 5), ("written", 1), ("written", 5),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.ours_us == row.rivals["right"] == times[row.cache]
+        assert row.notes["absent"] == "not compiled"
+    assert len(fitted) == 2  # made ready once for both
+    assert on_cpu == [*["read", "written"] * 2, "read", *["read", "written"] * 2]
 
 
 def test_timing_after_reading(monkeypatch):
@@ -669,12 +702,13 @@ def test_ours_wrong_is_a_failure(tmp_path, capsys):
 class FakeBench:
     """Rows without measuring."""
 
-    def __init__(self, rates, wanted, say, cache):
-        self.wanted, self.cache = wanted, cache
+    def __init__(self, rates, wanted, say, caches):
+        self.wanted, self.caches = wanted, caches
 
     def rows(self, shape, routing, keep):
         rivals = dict.fromkeys(self.wanted)
-        found = [Row(shape.name, t, routing, 1.0, 2.0, rivals, cache=self.cache) for t in (1, 8)]
+        cells = product(self.caches, (1, 8))
+        found = [Row(shape.name, t, routing, 1.0, 2.0, rivals, cache=c) for c, t in cells]
         keep(found)
         if shape.name == "deepseek-v3-ep8":
             raise KeyboardInterrupt
@@ -699,6 +733,9 @@ def test_what_a_run_leaves(monkeypatch, tmp_path, capsys):
     assert {row.cache for row in rows} == {"written"}
     assert main(["bench", "--shape", "minimax-m3", "--cache", "read", "--json", str(file)]) == 0
     assert {row.cache for row in report.read_json(file)} == {"read"}
+    given += ["--cache", "written", "layers", "--json", str(file)]
+    assert main(given) == 0
+    assert [row.cache for row in report.read_json(file)][:4] == 2 * ["written"] + 2 * ["layers"]
     said = capsys.readouterr().err
     assert "vLLM is not installed here: ours is timed alone" in said
     assert "gpt-oss-like zipf: 0 s, 3.0 GiB" in said

@@ -61,12 +61,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache",
+        nargs="+",
         choices=CACHES,
-        default="written",
+        default=["written"],
         help="what fills L2 before each replay: zeros just written, which go back to memory while "
         "the layer is timed (default, as triton.testing.do_bench), or data that was read, as "
         "between a model's layers; `layers`: the same with eight calls in one graph, so that a "
-        "graph's launch does not count",
+        "graph's launch does not count. Several: a row for each",
     )
     parser.add_argument(
         "--budget",
@@ -140,7 +141,7 @@ def _measure(args: argparse.Namespace) -> list[report.Row]:
     todo = [(shape, routing) for shape in shapes for routing in routings]
     start = time.monotonic()
     with vllm_rivals.context(), _progress() as progress:
-        bench = Bench(rates(), wanted, progress, cache=args.cache)
+        bench = Bench(rates(), wanted, progress, caches=args.cache)
         for i, (shape, routing) in enumerate(todo):
             began = time.monotonic()
             if args.budget is not None and began - start > args.budget:
@@ -164,7 +165,11 @@ def _tell(shape: Shape, routing: str, rows: list[report.Row], seconds: float) ->
         for name in (n for n, us in row.rivals.items() if us is None):
             missing.setdefault(f"{name}: {row.notes.get(name, '')}", []).append(row.tokens)
     for text, tokens in missing.items():
-        where = "" if len(tokens) == len(rows) else f" at {' '.join(map(str, tokens))} tokens"
+        where = (
+            ""
+            if len(tokens) == len(rows)
+            else f" at {' '.join(map(str, dict.fromkeys(tokens)))} tokens"
+        )
         print(f"  not measured{where}: {text}", file=sys.stderr)
     gib = torch.cuda.max_memory_allocated() / 2**30
     print(f"  {shape.name} {routing}: {seconds:.0f} s, {gib:.1f} GiB", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,14 @@ class Result:
     note: str = ""
 
 
-def measure(call: Experts, given: Inputs, note: str = "", cache: str = "written") -> Result:
-    """Run it, check it, and time it if it is right.
+def measure(
+    call: Experts, given: Inputs, note: str = "", caches: Sequence[str] = ("written",)
+) -> dict[str, Result]:
+    """Run it, check it, and time it if it is right, by each of some ways of filling L2.
 
     Args:
         note: goes into a result that could be had.
-        cache: one of CACHES.
+        caches: of CACHES.
     """
     try:
         replay, out = capture(call, given.args)
@@ -57,11 +59,14 @@ def measure(call: Experts, given: Inputs, note: str = "", cache: str = "written"
         replay()
         found = difference(out[given.sample].float(), given.expected)
         if not (found.finite and found.rel_l2 < WRONG):
-            return Result("wrong", found.rel_l2 if found.finite else None, note)
-        us = _microseconds(call, given.args, replay, 60, cache)
-        return Result(round(us, 2), round(found.rel_l2, 5), note)
+            return dict.fromkeys(
+                caches, Result("wrong", found.rel_l2 if found.finite else None, note)
+            )
+        us = {cache: _microseconds(call, given.args, replay, 60, cache) for cache in caches}
+        rel_l2 = round(found.rel_l2, 5)
+        return {cache: Result(round(us[cache], 2), rel_l2, note) for cache in caches}
     except Exception as error:  # whatever a backend raises: the others are still measured
-        return Result(None, None, reason(error))
+        return dict.fromkeys(caches, Result(None, None, reason(error)))
 
 
 def reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ import datetime
 import gc
 import importlib.metadata
 import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -25,7 +25,8 @@ from moe_backend.formats import Weights
 from moe_backend.fused_moe import FusedMoE
 from moe_backend.kernels.registry import Kernel, LayerConfig
 
-Results = dict[int, dict[str, Result]]  # by tokens and name
+Cell = tuple[str, int]  # how L2 was filled, tokens
+Results = dict[Cell, dict[str, Result]]  # by name
 Keep = Callable[[list[Row]], None]
 
 
@@ -35,7 +36,8 @@ class Bench:
     Args:
         wanted: names of the rivals to measure.
         say: told what is being measured now.
-        cache: what L2 holds before each replay, one of `measure.CACHES`.
+        caches: what L2 holds before each replay, of `measure.CACHES`; a row for each. Where a rival
+            has a choice it is made by the first.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class Bench:
         wanted: Collection[str],
         say: Callable[[str], None],
         device: str = "cuda",
-        cache: str = "written",
+        caches: Sequence[str] = ("written",),
     ) -> None:
         self.rates = rates
-        self.cache = cache
+        self.caches = tuple(dict.fromkeys(caches))
         self.wanted = wanted
         self.say = say
         self.device = device
@@ -56,7 +58,6 @@ class Bench:
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
             "rates": asdict(rates),
-            "cache": cache,
         }
         self._rivals: dict[tuple[Shape, str], Results] = {}
 
@@ -69,13 +70,14 @@ class Bench:
         self.say(f"{shape.name} {routing}: weights")
         weights = shape.weights(self.device)
         inputs = self._inputs(shape, weights, routing)
+        floors = {
+            t: round(floor_us(shape, given.topk_ids, self.rates), 2) for t, given in inputs.items()
+        }
         rows = {
-            t: Row(
-                shape.name, t, routing, round(floor_us(shape, given.topk_ids, self.rates), 2),
-                **self.common,
-            )
-            for t, given in inputs.items()
-        }  # fmt: skip
+            (cache, t): Row(shape.name, t, routing, floor, cache=cache, **self.common)
+            for cache in self.caches
+            for t, floor in floors.items()
+        }
 
         def told(results: Results, suffix: str) -> None:
             _fill(rows, results, suffix)
@@ -96,18 +98,19 @@ class Bench:
         return {t: make_inputs(shape, weights, t, routing, self.device) for t in shape.tokens}
 
     def _ours(
-        self, shape: Shape, weights: Weights, inputs: dict[int, Inputs], rows: dict[int, Row]
+        self, shape: Shape, weights: Weights, inputs: dict[int, Inputs], rows: dict[Cell, Row]
     ) -> None:
         layer = shape.layer(self.device)
         ours = FusedMoE(layer, weights)
         kernel = ours.selection.kernel
         for tokens, given in inputs.items():
             self.say(f"{shape.name}: ours, {tokens} tokens")
-            row, result = rows[tokens], measure(ours, given, cache=self.cache)
-            row.ours_us, row.rel_l2 = result.us, result.rel_l2
-            row.kernel = f"{kernel.name}: {choice_of(kernel, layer, tokens)}".rstrip(": ")
-            if result.note:
-                row.notes["ours"] = result.note
+            for cache, result in measure(ours, given, caches=self.caches).items():
+                row = rows[cache, tokens]
+                row.ours_us, row.rel_l2 = result.us, result.rel_l2
+                row.kernel = f"{kernel.name}: {choice_of(kernel, layer, tokens)}".rstrip(": ")
+                if result.note:
+                    row.notes["ours"] = result.note
 
     def _rivals_on(
         self,
@@ -139,22 +142,30 @@ class Bench:
         inputs: dict[int, Inputs],
         told: Callable[[Results], None],
     ) -> Results:
-        results: Results = {t: {} for t in inputs}
+        results: Results = {(cache, t): {} for cache in self.caches for t in inputs}
         layer = shape.layer(self.device)
-        quick = partial(quick_milliseconds, cache=self.cache)
+        quick = partial(quick_milliseconds, cache=self.caches[0])
+
+        def note(name: str, tokens: int, found: dict[str, Result]) -> None:
+            for cache, result in found.items():
+                results[cache, tokens][name] = result
+
+        def failed(why: str) -> dict[str, Result]:
+            return dict.fromkeys(self.caches, Result(None, None, why))
+
         offers = vllm_rivals.build(layer, weights, self.wanted, quick)
         for rival in offers:
             for tokens, given in inputs.items():
                 if isinstance(rival, Missing):
-                    results[tokens][rival.name] = Result(None, None, rival.reason)
+                    note(rival.name, tokens, failed(rival.reason))
                     continue
                 self.say(f"{shape.name}: {rival.name}, {tokens} tokens")
                 try:
-                    call, note = rival.fit(given.args)
+                    call, what = rival.fit(given.args)
                 except Exception as error:  # the other backends are still measured
-                    results[tokens][rival.name] = Result(None, None, reason(error))
+                    note(rival.name, tokens, failed(reason(error)))
                     continue
-                results[tokens][rival.name] = measure(call, given, note, self.cache)
+                note(rival.name, tokens, measure(call, given, what, self.caches))
                 del call
             del rival
             free()
@@ -162,12 +173,12 @@ class Bench:
         return results
 
 
-def _fill(rows: dict[int, Row], results: Results, suffix: str) -> None:
-    for tokens, by_name in results.items():
+def _fill(rows: dict[Cell, Row], results: Results, suffix: str) -> None:
+    for cell, by_name in results.items():
         for name, result in by_name.items():
-            rows[tokens].rivals[name + suffix] = result.us
+            rows[cell].rivals[name + suffix] = result.us
             if result.note:
-                rows[tokens].notes[name + suffix] = result.note
+                rows[cell].notes[name + suffix] = result.note
 
 
 def choice_of(kernel: Kernel, layer: LayerConfig, tokens: int) -> str:
