@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from cuda_host import driver
 
-from moe_backend.kernels.hopper.codes import rearranged
+from moe_backend.kernels.hopper.codes import rearranged, rearranged_scales
 
 SOURCE = driver.KERNELS / "once.cu"
 SHARED = 120000
@@ -76,9 +76,10 @@ def weights(layer: Layer, rows: int, columns: int, n: int, k: int, halves: int) 
     nibbles = torch.randint(0, 16, (e, halves * rows, columns))
     packed = rearranged((nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8))
     scale = (torch.rand(e, halves * rows, columns // 16) * 2).to(torch.float8_e4m3fn)
+    own_scale = rearranged_scales(scale, gate_up=halves == 2)
     factor = (torch.rand(e, halves) + 0.5) * columns**-0.5 * 0.3
     dense = E2M1[nibbles] * scale.float().repeat_interleave(16, 2)
-    return Weights(packed, scale, factor, dense * factor.repeat_interleave(rows, 1)[..., None])
+    return Weights(packed, own_scale, factor, dense * factor.repeat_interleave(rows, 1)[..., None])
 
 
 def activated(kind: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

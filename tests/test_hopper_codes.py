@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -27,6 +29,15 @@ def codes_of(words):
     return torch.stack(found, -1)
 
 
+def scales_of_rows(blocks, gate_up, groups):
+    """The inverse of `rearranged_scales`, for so many groups of a row."""
+    e, units, steps, _ = blocks.shape
+    apart = blocks.view(torch.uint8).view(e, units, steps, 8, 4, 2, 4)
+    order = (0, 5, 1, 3, 2, 4, 6) if gate_up else (0, 1, 5, 3, 2, 4, 6)
+    rows = apart.permute(order).reshape(e, units * 16, steps * 16)[..., :groups]
+    return rows.contiguous().view(blocks.dtype)
+
+
 @pytest.mark.parametrize("words_at_a_time", [2**21, 100])
 def test_the_decoders_find_each_code_where_it_was(words_at_a_time, monkeypatch):
     monkeypatch.setattr(codes, "WORDS_AT_A_TIME", words_at_a_time)
@@ -48,6 +59,27 @@ def test_what_is_not_in_rows_is_read_as_it_is():
     given = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
     other = given.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(codes.rearranged(other), codes.rearranged(given))
+
+
+@pytest.mark.parametrize("groups", [16, 48, 12])
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_scales_lie_where_the_kernels_look(gate_up, groups):
+    """Of each scale the row of 16, the step, and the place in the step, one by one."""
+    rows = 64
+    given = torch.randint(1, 127, (3, rows, groups), dtype=torch.uint8)
+    found = codes.rearranged_scales(given.view(torch.float8_e4m3fn), gate_up).view(torch.uint8)
+    steps = -(-groups // 16)
+    assert found.shape == (3, rows // 16, steps, 256)
+    assert found.count_nonzero() == given.numel()  # zeros beside them
+    again = scales_of_rows(found.view(torch.float8_e4m3fn), gate_up, groups)
+    assert torch.equal(again.view(torch.uint8), given)
+    for row, group in product(range(rows), range(groups)):
+        if gate_up:
+            unit, second, g = row % (rows // 2) // 8, row // (rows // 2), row % 8
+        else:
+            unit, second, g = row // 16, row // 8 % 2, row % 8
+        at = g * 32 + group % 16 // 4 * 8 + second * 4 + group % 4
+        assert torch.equal(found[:, unit, group // 16, at], given[:, row, group])
 
 
 def test_codes_in_the_checkpoints_order_are_refused():

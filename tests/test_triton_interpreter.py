@@ -93,7 +93,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # what torch.empty returns is NaN
 from moe_backend.formats import Bf16Weights
 from moe_backend.kernels.hopper import few
-from moe_backend.kernels.hopper.codes import rearranged
+from moe_backend.kernels.hopper.codes import rearranged, rearranged_scales
 from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiles import Few, Part
 from moe_backend.kernels.reference import ReferenceKernel
@@ -130,6 +130,8 @@ for number, case in enumerate(cases()):
     )
     if case.format == "nvfp4":
         tensors[0], tensors[3] = rearranged(tensors[0]), rearranged(tensors[3])
+        tensors[1] = rearranged_scales(tensors[1], gate_up=True)
+        tensors[4] = rearranged_scales(tensors[4], gate_up=False)
     out = few.run(layer, tensors, *args[1:], deal, on_gpu=False)
     found = difference(out, p.reference.half() if case.integer else p.reference)
     results[case.name] = [found.rel_l2, found.equal if case.integer else found.within(1e-3)]

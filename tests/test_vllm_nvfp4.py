@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
-from test_hopper_codes import codes_of
+from test_hopper_codes import codes_of, scales_of_rows
 from vllm_layers import (
     NVFP4_DIALECTS,
     checkpoint_tensors,
@@ -388,6 +388,7 @@ def hopper(monkeypatch):
             in_order = list(tensors)
             for n in (0, 3):
                 in_order[n] = pack(codes_of(tensors[n]).flatten(-2).to(torch.uint8))
+                in_order[n + 1] = scales_of_rows(tensors[n + 1], n == 0, in_order[n].shape[2] // 8)
             return registry.kernel_named("reference").apply(layer, in_order, *given)
 
     others = registry.kernels()[1:]

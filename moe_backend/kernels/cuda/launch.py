@@ -50,13 +50,13 @@ class Memory(NamedTuple):
 
 
 class TensorMap(NamedTuple):
-    """A matrix of bytes as the tensor memory accelerator sees it, swizzled by 128 bytes.
+    """A matrix of bytes as the tensor memory accelerator sees it.
 
     Attributes:
         memory: where it begins.
         shape, strides: in bytes, the fastest dimension first; strides without the first one,
             multiples of 16.
-        box: of one copy, its first dimension 128 bytes.
+        box: of one copy; where its first dimension is 128 bytes, swizzled by so many.
         streamed: L2 fetches no more than what is asked for, not 256 bytes: with copies after which
             it gives lines up first, what came besides would be gone when it is wanted (on an H200
             3 to 8 % slower).
@@ -276,7 +276,7 @@ def _encoded(
 ) -> bytes:
     from cuda.bindings import driver
 
-    fetched = driver.CUtensorMapL2promotion
+    fetched, swizzles = driver.CUtensorMapL2promotion, driver.CUtensorMapSwizzle
     made = _checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -287,7 +287,9 @@ def _encoded(
             [driver.cuuint32_t(n) for n in box],
             [driver.cuuint32_t(1) for _ in box],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B
+            if box[0] == 128
+            else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
             fetched.CU_TENSOR_MAP_L2_PROMOTION_L2_128B
             if streamed
             else fetched.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from moe_backend.formats.fp8_block import cdiv
+
 MASK = 0x81C081C0  # what bf16 wants of the two halves of a word
 # Where the bits of code n < 4 go, the lowest first; those of n + 4 go half a word further on.
 _PLACES = ((6, 7, 8, 15), (28, 29, 30, 5), (25, 26, 27, 2), (3, 4, 0, 1))
@@ -53,6 +55,29 @@ def rearranged(codes: torch.Tensor) -> torch.Tensor:
             moved = given << by if by > 0 else given >> -by  # the sign that comes in is masked
             to |= moved.bitwise_and_(_signed(mask))
     return new
+
+
+def rearranged_scales(scales: torch.Tensor, gate_up: bool) -> torch.Tensor:
+    """A copy of a weight's block scales, in blocks of 16 rows and 256 columns.
+
+    256 bytes hold a block, so that one copy brings the scales of a step of many rows: of each of 8
+    rows and of 64 columns four scales, then those of the row that meets the same thread of an MMA.
+
+    Args:
+        scales: `[E, rows, groups]` float8_e4m3fn, one for 16 columns; rows a multiple of 16.
+        gate_up: of gate rows, then up rows: the row that goes with a gate row is its up row. In
+            other weights it is the one eight further on.
+    Returns:
+        `[E, rows / 16, ceil(groups / 16), 256]` float8_e4m3fn, zeros where columns end.
+    """
+    e, rows, groups = scales.shape
+    units, steps = rows // 16, cdiv(groups, 16)
+    bytes_ = torch.nn.functional.pad(scales.view(torch.uint8), (0, steps * 16 - groups))
+    if gate_up:  # which of the two, of 8 rows, thread of four, one of its four
+        blocks = bytes_.view(e, 2, units, 8, steps, 4, 4).permute(0, 2, 4, 3, 5, 1, 6)
+    else:
+        blocks = bytes_.view(e, units, 2, 8, steps, 4, 4).permute(0, 1, 4, 3, 5, 2, 6)
+    return blocks.reshape(e, units, steps, 256).view(scales.dtype)
 
 
 def _signed(word: int) -> int:

@@ -204,6 +204,13 @@ def _step_of_rows(rows, column, valid, K):
 
 
 @triton.jit
+def _place_of_groups():
+    """Where a row's 16 scales of a step lie, from its first on (`codes.rearranged_scales`)."""
+    group = tl.arange(0, 16)
+    return group // 4 * 8 + group % 4
+
+
+@triton.jit
 def _bf16_scales(scale):
     """e4m3 block scales as bf16, in the form that `_decoded_words` multiplies with."""
     return tl.inline_asm_elementwise(
@@ -388,18 +395,17 @@ def gate_up_kernel(
                     sx = next_sx
                     sw = next_sw
             elif FORMAT == NVFP4:
-                group = tl.arange(0, 16)
-                s_row = w13_scale + ((e * 2 + up_row).to(tl.int64) * I + i)[:, None] * scale_columns
+                group = _place_of_groups()
+                unit = (e.to(tl.int64) * (I // 8) + i // 8) * scale_columns
+                s_row = w13_scale + (unit * 256 + i % 8 * 32 + up_row * 4)[:, None]
                 half = tl.arange(0, 128)
                 for step in tl.range(0, steps, num_stages=STAGES):
                     packed = w13.load([e, block * (BLOCK_I // 8), 0, 0, step * 32]).reshape(
                         ROWS, 32
                     )
-                    g = step * 16 + group
                     scale = tl.load(
-                        s_row + g[None, :],
-                        mask=inside[:, None] & (g < scale_columns)[None, :], other=0.0,
-                    )  # fmt: skip
+                        s_row + (step * 256 + group)[None, :], mask=inside[:, None], other=0.0
+                    )
                     x_even = tl.load(
                         x_row + (step * 256 + half)[None, :], valid[:, None], other=0.0
                     )
@@ -521,16 +527,15 @@ def down_kernel(
                     sw = next_sw
                 sx = next_sx
         elif FORMAT == NVFP4:
-            group = tl.arange(0, 16)
-            s_row = w2_scale + (e.to(tl.int64) * H + n)[:, None] * scale_columns
+            group = _place_of_groups()
+            unit = (e.to(tl.int64) * (H // 16) + n // 16) * scale_columns
+            s_row = w2_scale + (unit * 256 + n % 8 * 32 + n // 8 % 2 * 4)[:, None]
             half = tl.arange(0, 128)
             for step in tl.range(0, steps, num_stages=STAGES):
                 packed = w2.load([e, block * BLOCK_H, step * 32]).reshape(BLOCK_H, 32)
-                g = step * 16 + group
                 scale = tl.load(
-                    s_row + g[None, :],
-                    mask=inside[:, None] & (g < scale_columns)[None, :], other=0.0,
-                )  # fmt: skip
+                    s_row + (step * 256 + group)[None, :], mask=inside[:, None], other=0.0
+                )
                 x_even = tl.load(x_row + (step * 256 + half)[None, :], valid[:, None], other=0.0)
                 x_odd = tl.load(
                     x_row + (step * 256 + 128 + half)[None, :], valid[:, None], other=0.0

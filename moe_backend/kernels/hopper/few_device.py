@@ -172,20 +172,40 @@ def _scale(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Scales of the pieces that begin at `column` of `row` (`[GROUPS]`); 0 outside."""
+    """Scales of the pieces that begin at `column` of a row (`[GROUPS]`); 0 outside.
+
+    Args:
+        row: its number; with NVFP4, whose pieces have two scales each, `_place_of_row`.
+    """
     if FORMAT == FP8_BLOCK:
         at = row // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
         lane = column + tl.arange(0, LANES) * 16
         mask = inside[:, None] & (lane < K)[None, :]
         scale = tl.load(base + at[:, None] + (lane // SCALE_K)[None, :], mask=mask, other=0.0)
     elif FORMAT == NVFP4:
-        group = column // 16 + tl.arange(0, 2 * LANES)
-        mask = inside[:, None] & (group < K // 16)[None, :]
-        where = base + row.to(tl.int64)[:, None] * (K // 16) + group[None, :]
-        scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        piece = column // 32 + tl.arange(0, LANES)
+        mask = inside[:, None] & (piece < K // 32)[None, :]
+        inside_step = piece % 8 // 2 * 8 + piece % 2 * 2
+        where = row[:, None] + (piece // 8 * 256 + inside_step)[None, :]
+        two = tl.load((base + where).to(tl.pointer_type(tl.uint16)), mask=mask, other=0)
+        low = (two & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        high = (two >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        scale = tl.join(low, high)
     else:
         scale = 1.0
     return scale
+
+
+@triton.jit
+def _place_of_row(n, second, first_unit, unit, K: tl.constexpr):
+    """Where a row's block scales begin (`codes.rearranged_scales`).
+
+    Args:
+        n: its number, of 8 rows; second: whether it is the one that goes with another.
+        first_unit, unit: the expert's first 16 rows, and the row's from there on.
+    """
+    at = (first_unit.to(tl.int64) + unit) * ((K + 255) // 256 * 256)
+    return at + n % 8 * 32 + second * 4
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -243,8 +263,13 @@ def gate_up_kernel(
         row = x + token.to(tl.int64) * WIDTH
         gate_row = w13 + e * (2 * I * WIDTH) + i[:, None] * WIDTH
         up_row = gate_row + I * WIDTH
-        gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
-        up_scale = gate_scale + scale_rows * scale_columns
+        if FORMAT == NVFP4:
+            gate_at = _place_of_row(i, 0, e * (I // 8), i // 8, H)
+            gate_scale, up_scale, up_at = w13_scale, w13_scale, gate_at + 4
+        else:
+            gate_at, up_at = i, i
+            gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
+            up_scale = gate_scale + scale_rows * scale_columns
         gate = tl.zeros((GROUPS, LANES, 4), tl.float32)
         up = tl.zeros((GROUPS, LANES, 4), tl.float32)
         for first in range(0, WIDTH, CHUNK * UNROLL):
@@ -259,10 +284,10 @@ def gate_up_kernel(
                 gates += (tl.load(gate_row + column, mask=mask, other=ZERO),)
                 ups += (tl.load(up_row + column, mask=mask, other=ZERO),)
                 sg = _scale(
-                    gate_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                    gate_scale, gate_at, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
                 )  # fmt: skip
                 su = _scale(
-                    up_scale, i, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                    up_scale, up_at, inside, k, H, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
                 )  # fmt: skip
                 gate_scales += (sg,)
                 up_scales += (su,)
@@ -356,12 +381,18 @@ def down_kernel(
                 other_mask = (m < rows)[:, None] & (column < WIDTH)
                 codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
                 other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
-                scale = w2_scale + e * scale_elements
+                if FORMAT == NVFP4:
+                    scale, first_unit = w2_scale, e * (H // 16)
+                    n_at = _place_of_row(n, n // 8 % 2, first_unit, n // 16, I)
+                    m_at = _place_of_row(m, m // 8 % 2, first_unit, m // 16, I)
+                else:
+                    scale, n_at, m_at = w2_scale + e * scale_elements, n, m
+                k0 = start * PACKED
                 s = _scale(
-                    scale, n, n < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                    scale, n_at, n < rows, k0, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
                 )  # fmt: skip
                 o = _scale(
-                    scale, m, m < rows, start * PACKED, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
+                    scale, m_at, m < rows, k0, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
                 )  # fmt: skip
                 scales += (s,)
                 other_scales += (o,)

@@ -9,7 +9,15 @@ import torch
 
 from moe_backend.formats import Fp8BlockWeights
 from moe_backend.formats.fp8_block import cdiv
-from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
+from moe_backend.kernels.cuda.launch import (
+    Argument,
+    Kernel,
+    Memory,
+    TensorMap,
+    carve,
+    launch,
+    packed,
+)
 from moe_backend.kernels.hopper.route import CHUNKS, Routed, combine, positions_of, route
 from moe_backend.kernels.hopper.tiled import multiprocessors
 from moe_backend.kernels.hopper.tiles import SHARED_BYTES, Flow, flow_needs, require
@@ -44,8 +52,16 @@ def run(
     if layer.format == Fp8BlockWeights.name:
         wide, columns, scales = 1, i, cdiv(h, 128)  # bytes of an activation; a hidden row's columns
         groups = cdiv(i, 32 * choice.groups * choice.blocks)  # scales of a token, of a hidden row
+        weight_scales: list[Argument] = [w13_scale, w2_scale]
+        sides = w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1], w2_scale.shape[2]
     else:
         wide, columns, scales, groups = 2, padded(i), 0, 0
+        streamed = _streams(layer, choice)
+        weight_scales = [
+            gate_up_scales(w13_scale, choice.groups * choice.blocks, streamed),
+            down_scales(w2_scale, choice.groups * choice.blocks, streamed),
+        ]
+        sides = 0, 0, 0, 0
     counters = 1 + e  # the next item, and how much of each expert's hidden columns is done
     whole, arrays = carve(
         w13.device, wide * tokens * h, 4 * scales * tokens, 4 * slots, 4 * positions,
@@ -61,10 +77,10 @@ def run(
     activation = layer.activation
     launch(
         kernel, sms, 128 * (choice.groups + 1),
-        [*_maps(layer, choice, w13, w2, hidden, positions), w13_scale, w2_scale, w13_global,
-         w2_global, operand, scale, experts, token_of, zeros, hidden, hidden_scale, partial,
+        [*_maps(layer, choice, w13, w2, hidden, positions), *weight_scales, w13_global, w2_global,
+         operand, scale, experts, token_of, zeros, hidden, hidden_scale, partial,
          activation.limit or 0.0, activation.alpha, activation.beta, h, columns, tokens, positions,
-         w13_scale.shape[1] // 2, w13_scale.shape[2], w2_scale.shape[1], w2_scale.shape[2]],
+         *sides],
     )  # fmt: skip
     combine(layer, partial, position, weights, out, sms)
     del whole  # what is allocated next on this stream comes after these launches
@@ -96,7 +112,6 @@ def _kernel(layer: LayerConfig, choice: Flow) -> Kernel:
         constants["INTERLEAVED"] = int(layer.intermediate_size <= columns)
     else:
         constants["INTERLEAVED"] = 0
-        constants["PADDED"] = int(layer.intermediate_size != padded(layer.intermediate_size))
     return Kernel(SOURCE, "flow", tuple(constants.items()), SHARED_BYTES)
 
 
@@ -136,6 +151,21 @@ def gate_up_codes(layer: LayerConfig, w13: torch.Tensor, streamed: bool) -> Tens
     e, i, row = layer.num_local_experts, layer.intermediate_size, layer.hidden_size // 2
     strides = row, i * row, 64 * row, 2 * i * row
     return TensorMap(w13, (row, 64, 2, i // 64, e), strides, (128, 8, 2, 4, 1), streamed)
+
+
+def gate_up_scales(scales: torch.Tensor, parts: int, streamed: bool) -> TensorMap:
+    """Of w13's block scales (`codes.rearranged_scales`) those of an item's parts."""
+    e, units, steps, size = scales.shape
+    row = steps * size
+    shape, strides = (size, units // 8, 8, steps, e), (8 * row, row, size, units * row)
+    return TensorMap(scales, shape, strides, (size, 4, parts, 1, 1), streamed)
+
+
+def down_scales(scales: torch.Tensor, parts: int, streamed: bool) -> TensorMap:
+    """Of w2's block scales those of an item's rows."""
+    e, units, steps, size = scales.shape
+    shape, strides = (size, e * units, steps), (steps * size, size)
+    return TensorMap(scales, shape, strides, (size, 4 * parts, 1), streamed)
 
 
 def padded(columns: int) -> int:

@@ -17,7 +17,7 @@ from moe_backend.formats.fp8_block import by
 from moe_backend.kernels.cuda import build
 from moe_backend.kernels.hopper import few, flow, once, pairs, route, tiled
 from moe_backend.kernels.hopper.choose import choose, ranges, tuned_rows
-from moe_backend.kernels.hopper.codes import rearranged
+from moe_backend.kernels.hopper.codes import rearranged, rearranged_scales
 from moe_backend.kernels.hopper.tiles import Choice, Few, Flow, Once, Pairs, Tiles
 from moe_backend.kernels.registry import LayerConfig, in_rows
 from moe_backend.kernels.triton.kernel import in_slices, slice_tokens
@@ -74,6 +74,8 @@ class HopperKernel:
         tensors = in_rows(weights)
         if isinstance(weights, Nvfp4Weights):
             tensors[0], tensors[3] = rearranged(weights.w13), rearranged(weights.w2)
+            tensors[1] = rearranged_scales(weights.w13_scale, gate_up=True)
+            tensors[4] = rearranged_scales(weights.w2_scale, gate_up=False)
         return tensors
 
     def apply(

@@ -11,7 +11,14 @@ import torch
 from moe_backend.formats import Bf16Weights, Fp8BlockWeights, Nvfp4Weights
 from moe_backend.formats.fp8_block import cdiv
 from moe_backend.kernels.cuda.launch import Kernel, Memory, TensorMap, carve, launch, packed
-from moe_backend.kernels.hopper.flow import gate_up_codes, padded, rows_of, streams
+from moe_backend.kernels.hopper.flow import (
+    down_scales,
+    gate_up_codes,
+    gate_up_scales,
+    padded,
+    rows_of,
+    streams,
+)
 from moe_backend.kernels.hopper.route import (
     CHUNKS,
     Spread,
@@ -42,6 +49,7 @@ KERNELS = {
 }
 # Rows of a copy: with FP8, of NVFP4's w2, of tokens of the other formats, and of bf16's weights.
 FP8_BOX, W2_BOX, TOKEN_BOX, BF16_ROWS = 64, 64, 16, 256
+PARTS = 4  # of 64 weight rows, of an item with NVFP4
 Arguments = tuple[list[Any], list[Any]]  # of the first and of the second GEMM's launch
 
 
@@ -143,11 +151,11 @@ def _nvfp4_arguments(
     constants, columns, streamed = _constants(layer), padded(i), streams(layer)
     return (
         [rows_of(operand, positions, 2 * h, TOKEN_BOX), gate_up_codes(layer, w13, streamed),
-         w13_scale, w13_global, experts, hidden, *constants, columns, h, w13_scale.shape[1] // 2,
-         w13_scale.shape[2]],
+         gate_up_scales(w13_scale, PARTS, streamed), w13_global, experts, hidden, *constants,
+         columns, h],
         [rows_of(hidden, positions, 2 * columns, TOKEN_BOX),
-         rows_of(w2, e * h, i // 2, W2_BOX, streamed), w2_scale, w2_global, experts,
-         partial, *constants, h, columns, w2_scale.shape[1], w2_scale.shape[2]],
+         rows_of(w2, e * h, i // 2, W2_BOX, streamed), down_scales(w2_scale, PARTS, streamed),
+         w2_global, experts, partial, *constants, h, columns],
     )  # fmt: skip
 
 
@@ -180,10 +188,7 @@ def _kernels(layer: LayerConfig, choice: Pairs, lone: bool) -> list[Kernel]:
     if layer.format != Bf16Weights.name:
         constants["STREAMED"] = int(streams(layer))
     if layer.format == Nvfp4Weights.name:
-        constants |= {
-            "CODES": pairs_code_stages(layer, choice),
-            "PADDED": int(layer.intermediate_size != padded(layer.intermediate_size)),
-        }
+        constants["CODES"] = pairs_code_stages(layer, choice)
     kernels = []
     for gated, block in ((1, layer.w13_block), (0, layer.w2_block)):
         own = {"GATED": gated, "LONE": int(lone and not gated)}

@@ -46,7 +46,7 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
     const int lane = threadIdx.x % 32;
     u64* full = &shared.full[stage];
     if (lane == 0) {
-        barrier_expect(full, item.parts * PART_BYTES + (GATED ? 0 : hidden_bytes(layer, item, k0)));
+        barrier_expect(full, item.parts * PART_BYTES + SCALE_BYTES + (GATED ? 0 : hidden_bytes(layer, item, k0)));
         u8* to = shared.matrices[stage];
 #pragma unroll
         for (int part = 0; part < PARTS; part++, to += PART_BYTES) {
@@ -54,7 +54,7 @@ DEVICE void copy_weights(const Layer& layer, Shared& shared, const Item& item, i
             copy_part<GATED>(layer, item, to, part, k0, full);
         }
     }
-    copy_weight_scales<GATED>(layer, item, shared.weight_scales[stage], k0, lane);
+    copy_weight_scales<GATED>(layer, item, shared.weight_scales[stage], k0, lane, full);
     arrive_with_copies(full);
 }
 

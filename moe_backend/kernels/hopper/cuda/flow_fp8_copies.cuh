@@ -13,7 +13,7 @@ DEVICE int scale_bytes(const Layer& layer, const Item& item) {
 }
 
 template <bool GATED>
-DEVICE void copy_weight_scales(const Layer& layer, const Item& item, float* to, int k0, int lane) {
+DEVICE void copy_weight_scales(const Layer& layer, const Item& item, float* to, int k0, int lane, u64*) {
     constexpr int SCALES = GATED ? SCALES13 : SCALES2;
 #pragma unroll
     for (int first = 0; first < PARTS * SCALES; first += 32) {

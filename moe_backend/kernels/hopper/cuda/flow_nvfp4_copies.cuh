@@ -6,7 +6,6 @@
 #pragma once
 
 #include "flow_items.cuh"
-#include "nvfp4_scales.cuh"
 
 constexpr int EIGHT_BYTES = 8 * TOKEN_BYTES;
 
@@ -18,24 +17,13 @@ DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, in
     else copy_box<STREAMED>(to, layer.w2, k0 / 2, item.expert * layer.H + item.block * ROWS + part * 64, full);
 }
 
-// 16 scales of each of a part's rows, in the order of the rows.
+// All parts' block scales; an item has all of its parts.
 template <bool GATED>
-DEVICE void copy_weight_scales(const Layer& layer, const Item& item, u8* to, int k0, int lane) {
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-        for (int r = lane; r < 64; r += 32) {
-            u8* own = to + part * PART_SCALES + r * 16;
-            const int nth = item.block * PARTS + part;
-            if (GATED) {
-                copy_gate_up_scales(own, layer.w13_scale, layer.scale_rows13, layer.scale_columns13, item.expert,
-                                    first_column(nth), r, k0 / 16);
-            } else {
-                copy_down_scales(own, layer.w2_scale, layer.scale_columns2, item.expert * layer.H + nth * 64 + r,
-                                 k0 / 16);
-            }
-        }
-    }
+DEVICE void copy_weight_scales(const Layer& layer, const Item& item, u8* to, int k0, int lane, u64* full) {
+    if (lane != 0) return;
+    const int step = k0 / STEP;
+    if (GATED) copy_gate_up_scales<STREAMED>(to, layer.w13_scale, item.expert, item.block * PARTS, step, full);
+    else copy_down_scales<STREAMED>(to, layer.w2_scale, item.expert * layer.H + item.block * ROWS, step, full);
 }
 
 // A step of an item's tokens for the first GEMM, from wherever they are; as the accelerator would write them,

@@ -37,7 +37,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
 struct Layer {
     const TensorMap *w13, *w2;
     const TensorMap *hidden32, *hidden8;  // boxes of 32 and of 8 positions
-    const Scale *w13_scale, *w2_scale;
+    const Scales *w13_scale, *w2_scale;
     const float *w13_global, *w2_global;
     const u8* tokens;
     const float* token_scale;

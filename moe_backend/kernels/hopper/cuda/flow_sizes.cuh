@@ -2,6 +2,9 @@
 #pragma once
 
 #include "hits.cuh"
+#if FORMAT != 1
+#include "nvfp4_scales.cuh"
+#endif
 
 constexpr int LINE = 128;                                 // bytes of a row's codes in a step
 constexpr int STEP = FORMAT == NVFP4 ? 256 : 128;         // columns of K
@@ -40,6 +43,8 @@ constexpr int SCALES2 = STEP / SUB2;
 constexpr int PART_SCALES = most(SCALES13, SCALES2);
 
 typedef float Scale;
+typedef float Scales;  // w13's and w2's, as the launch has them
+constexpr int SCALE_BYTES = 0;  // of a step, that the accelerator brings
 constexpr int SCALED_STAGES = STAGES, SCALED = MOST;       // tokens that have scales, in how many stages
 constexpr int HIDDEN_BYTES = GROUP + 16;                   // of a token, staged; odd 16s, against bank conflicts
 constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);  // tokens whose outputs are turned around at once
@@ -48,7 +53,8 @@ constexpr int TURNED = least(MOST, PARTS <= 4 ? 32 : 16);  // tokens whose outpu
 
 static_assert(PARTS == 2 || PARTS == 4, "items that divide 256 hidden columns, and 256 output rows");
 typedef u8 Scale;
-constexpr int PART_SCALES = 64 * 16;          // a part's in a step: of 64 rows one for every 16 columns
+typedef TensorMap Scales;
+constexpr int SCALE_BYTES = PARTS * PART_SCALES;
 constexpr int SCALED_STAGES = 1, SCALED = 1;  // tokens have none; arrays are not empty
 constexpr int HIDDEN_BYTES = 2 * GROUP + 16;  // as above
 constexpr int TURNED = least(MOST, 16);       // less, so that four stages fit with tiles of 32 tokens

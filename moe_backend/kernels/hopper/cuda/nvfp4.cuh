@@ -3,10 +3,10 @@
 
 #include "common.cuh"
 
-// Two e4m3 block scales as bf16 times 2**118: their bits four to the left are bf16 times 2**-120. None is
-// negative, but for -0, whose sign is left out.
-DEVICE u32 decode_scales(u32 two) {
-    u32 spread = ((two | two << 8) & 0x007F007F) << 4;
+// Two e4m3 block scales, of a word of four the first two or the others, as bf16 times 2**118: their bits four to the
+// left are bf16 times 2**-120. None is negative, but for -0, whose sign is left out.
+DEVICE u32 decode_scales(u32 four, bool others) {
+    u32 spread = (__byte_perm(four, 0, others ? 0x4342 : 0x4140) & 0x007F007F) << 4;
     return multiply_bf16(multiply_bf16(spread, 0x7B007B00), 0x7B007B00);
 }
 

@@ -1,38 +1,27 @@
-// Block scales of NVFP4 weights to shared memory, for flow.cu and pairs_nvfp4.cu: of a row those of a step, 16.
+// Block scales of NVFP4 weights to shared memory, for flow.cu and pairs_nvfp4.cu: those of a step's rows.
 //
-// Compile-time constants: PADDED (there may be fewer hidden columns than a multiple of 256).
+// They lie as `codes.py` has them: of 16 rows and a step of 256 columns 256 bytes, one after another for a part's four
+// warps, and for an item's parts.
 #pragma once
 
 #include "common.cuh"
+
+constexpr int PART_SCALES = 64 * 16;  // bytes of a part's in a step
 
 // Where the nth 32 hidden columns begin: of each 256 columns eight of each 64. They lie side by side in the order of
 // hidden columns (`device._nvfp4_position`).
 DEVICE int first_column(int nth) { return nth / 8 * 256 + nth % 8 * 8; }
 
-// Of a gate or an up row: row r of the 64 that make 32 hidden columns, `first` the first of these; of a warp's 16
-// rows eight are gate's, eight up's. Zeros for rows of padding.
+// Of the gate and up rows of PARTS parts from the nth on, which are of one 256 hidden columns. By one thread, as below.
 //
-// scales: `[E, (gate, up), rows, columns]`.
-DEVICE void copy_gate_up_scales(u8* to, const u8* scales, int rows, int columns, int expert, int first, int r,
-                                int column) {
-    const int hidden = first + r / 16 * 64 + r % 8;
-    const bool there = !PADDED || hidden < rows;
-    const int row = (2 * expert + r / 8 % 2) * rows + (there ? hidden : 0);
-    copy_sixteen(to, scales + static_cast<long long>(row) * columns + column, there);
+// scales: `[E, steps, 8, I / 64, 256]` in boxes of 1, 1, PARTS, 4 and 256; beyond I zeros.
+template <bool STREAMED> DEVICE void copy_gate_up_scales(u8* to, const TensorMap* scales, int expert, int nth, int step, u64* full) {
+    copy_box<STREAMED>(to, scales, 0, nth / 8 * 4, nth % 8, step, expert, full);
 }
 
-// Of an output row; if PADDED there may be fewer in the last step, in fours, and zeros behind them.
+// Of PARTS times 64 output rows from `row` on, of all experts' rows.
 //
-// scales: `[rows, columns]`.
-DEVICE void copy_down_scales(u8* to, const u8* scales, int columns, int row, int column) {
-    const u8* from = scales + static_cast<long long>(row) * columns;
-    if (PADDED) {
-#pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-            const bool there = column + i < columns;
-            copy_four(to + i, from + (there ? column + i : 0), there);
-        }
-    } else {
-        copy_sixteen(to, from + column, true);
-    }
+// scales: `[steps, E * H / 16, 256]` in boxes of 1, 4 * PARTS and 256.
+template <bool STREAMED> DEVICE void copy_down_scales(u8* to, const TensorMap* scales, int row, int step, u64* full) {
+    copy_box<STREAMED>(to, scales, 0, row / 16, step, full);
 }

@@ -46,15 +46,13 @@ DEVICE void bring_unit(const Shared& s, const Problem& p, Turn& turn, int unit, 
         begin_stage(s, turn, unit, 16 * bytes + (FORMAT == NVFP4 ? 2 * bytes : 0), me);
         u64* full = s.full(turn.stage);
         u8* scales = s.stage_scales(turn.stage);
-        const u8* from = p.w13 + at * ROW1 + chunk * CHUNK_BYTES;
-        u8* to = s.stage(turn.stage) + row * STRIDE1;
-        if (FORMAT == NVFP4 && lane >= 16) {
-            from = p.w13_scale + (at * ROW1 + chunk * CHUNK_BYTES) / 8;
-            to = scales + row * SCALE_STRIDE1;
+        if (lane < 16 && row % COPYING == me.part) {
+            copy_bulk<true>(s.stage(turn.stage) + row * STRIDE1, p.w13 + at * ROW1 + chunk * CHUNK_BYTES, bytes, full);
         }
-        bool copies = lane < 16 || (FORMAT == NVFP4 && (CHUNKS > 1 || row % 8 == 0));
-        int copied = lane < 16 ? bytes : CHUNKS > 1 ? bytes / 8 : bytes;
-        if (row % COPYING == me.part && copies) copy_bulk<true>(to, from, copied, full);
+        if (FORMAT == NVFP4 && lane == 16 && me.leads()) {
+            long long before = (static_cast<long long>(expert) * UNITS + unit % UNITS) * ROW1 + chunk * CHUNK_BYTES;
+            copy_bulk<true>(scales, p.w13_scale + 2 * before, 2 * bytes, full);
+        }
         if (FORMAT == FP8 && me.leads()) {
             const float* gate =
                 reinterpret_cast<const float*>(p.w13_scale) +
@@ -81,12 +79,12 @@ DEVICE void bring_rows(const Shared& s, const Problem& p, Turn& turn, int hit, i
         if (row >= rows) continue;
         long long at = (static_cast<long long>(s.hit_experts()[hit + piece]) * H + first + row) * ROW2 + from;
         copy_bulk<true>(s.stage(turn.stage) + piece * PIECE + row * STRIDE2, p.w2 + at, copied, full);
-        if (FORMAT == NVFP4 && SLICES == 1 && row == 0)
-            copy_bulk(s.stage_scales(turn.stage) + piece * PIECE_SCALES, p.w2_scale + at / 8,
-                      rows * (ROW2 / 8), full);
-        if (FORMAT == NVFP4 && SLICES > 1)
-            copy_bulk(s.stage_scales(turn.stage) + piece * PIECE_SCALES + row * SCALE_STRIDE2,
-                      p.w2_scale + at / 8, copied / 8, full);
+        // Of 16 rows, or, if whole rows are copied, of all of the block's: those of 16 follow each other then.
+        if (FORMAT == NVFP4 && (SLICES == 1 ? row == 0 : row % 16 == 0)) {
+            long long before = (static_cast<long long>(s.hit_experts()[hit + piece]) * H + first + row) / 16 * ROW2 + from;
+            copy_bulk<true>(s.stage_scales(turn.stage) + piece * PIECE_SCALES + row / 16 * SLICE_SCALES,
+                            p.w2_scale + 2 * before, 2 * bytes * (SLICES == 1 ? rows / 16 : 1), full);
+        }
     }
     if (FORMAT == FP8 && me.leads()) {
         float* scales = reinterpret_cast<float*>(s.stage_scales(turn.stage));

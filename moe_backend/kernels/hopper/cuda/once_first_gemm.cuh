@@ -21,12 +21,12 @@ DEVICE void multiply_granule(Sums& sums, const Shared& s, const Turn& turn, int 
     if (FORMAT == FP8) {
         Sums d;
         clear(d);
-        multiply<ALL>(d, a, a + 8 * STRIDE1, a, a, b, H - granule * GRANULE);
+        multiply<ALL>(d, a, a + 8 * STRIDE1, a, b, H - granule * GRANULE);
         const float* scales = reinterpret_cast<const float*>(s.stage_scales(turn.stage)) + local;
         add_scaled(sums, d, scales[0], scales[CHUNK_GRANULES]);
     } else {
-        const u8* scales = s.stage_scales(turn.stage) + g * SCALE_STRIDE1 + local * 8 + t * 2;
-        multiply<ALL>(sums, a, a + 8 * STRIDE1, scales, scales + 8 * SCALE_STRIDE1, b, H - granule * GRANULE);
+        const u8* scales = s.stage_scales(turn.stage) + place_of_scales(local, lane);
+        multiply<ALL>(sums, a, a + 8 * STRIDE1, scales, b, H - granule * GRANULE);
     }
 }
 

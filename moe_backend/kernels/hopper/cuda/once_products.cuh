@@ -31,11 +31,17 @@ DEVICE void multiply_words(Sums& d, u32 a0, u32 a1, u32 a2, u32 a3, const Operan
         mma_bf16(d[n], a, b[n][2 * index], b[n][2 * index + 1]);
 }
 
-DEVICE void multiply_nvfp4(Sums& d, const u8* a, const u8* a8, const u8* scales, const u8* scales8,
-                           const Operand& b) {
+// Where a lane's block scales of a granule are: two of row g, and four bytes further on two of row g + 8. Of the 16 of
+// a row in two granules four lie side by side.
+DEVICE int place_of_scales(int granule, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    return granule / 2 * SCALE_STEP + g * 32 + (granule % 2 * 2 + t / 2) * 8 + t % 2 * 2;
+}
+
+DEVICE void multiply_nvfp4(Sums& d, const u8* a, const u8* a8, const u8* scales, const Operand& b) {
     uint4 low = read<uint4>(a), high = read<uint4>(a8);
     const u32 words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
-    u32 scale[2] = {decode_scales(read<u16>(scales)), decode_scales(read<u16>(scales8))};
+    u32 scale[2] = {decode_scales(read<u16>(scales), false), decode_scales(read<u16>(scales + 4), false)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         u32 pairs[2][4];
@@ -66,14 +72,13 @@ DEVICE void multiply_fp8(Sums& d, u32 word, u32 word8, const Operand& b, int ind
 }
 
 // d += a b over a granule, of which `columns` exist. `a` and `a8`: this lane's bytes of rows g and g+8;
-// `scales`: of NVFP4, likewise.
+// `scales`: of NVFP4, `place_of_scales`.
 template <bool ALL>
-DEVICE void multiply(Sums& d, const u8* a, const u8* a8, const u8* scales, const u8* scales8,
-                     const Operand& b, int columns) {
+DEVICE void multiply(Sums& d, const u8* a, const u8* a8, const u8* scales, const Operand& b, int columns) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (FORMAT == NVFP4) {
-            if (half == 0) multiply_nvfp4(d, a, a8, scales, scales8, b);
+            if (half == 0) multiply_nvfp4(d, a, a8, scales, b);
             continue;
         }
         if (!ALL && half * (GRANULE / 2) >= columns) break;

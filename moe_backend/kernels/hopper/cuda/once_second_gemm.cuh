@@ -62,17 +62,16 @@ DEVICE void multiply_item(Sums (&sums)[ROW_GROUPS], const Shared& s, const Turn&
     for (int r = 0; r < ROW_GROUPS; ++r) {
         const u8* a = data + r * 16 * STRIDE2 + t * (NARROW ? 8 : 16);
         const float* scale = reinterpret_cast<const float*>(scales) + r * SUBS + granule * (GRANULE / SUB);
-        const u8* block_scales = scales + (r * 16 + g) * SCALE_STRIDE2 + granule * 8 + t * 2;
+        const u8* block_scales = scales + r * SLICE_SCALES + place_of_scales(granule, lane);
         if (NARROW) {
             multiply_narrow(sums[r], a, scale, b, columns);
         } else if (FORMAT == FP8) {
             Sums d;
             clear(d);
-            multiply<ALL>(d, a, a + 8 * STRIDE2, a, a, b, columns);
+            multiply<ALL>(d, a, a + 8 * STRIDE2, a, b, columns);
             add_scaled(sums[r], d, *scale, *scale);
         } else {
-            multiply<ALL>(sums[r], a, a + 8 * STRIDE2, block_scales, block_scales + 8 * SCALE_STRIDE2, b,
-                          columns);
+            multiply<ALL>(sums[r], a, a + 8 * STRIDE2, block_scales, b, columns);
         }
     }
 }

@@ -36,10 +36,9 @@ DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // The size of a part if n granules are split into as few and equal parts as may be, of `most` at most.
 DEVICE constexpr int equal_parts(int n, int most) { return up_to(ceil_div(n, ceil_div(n, most)), STEP); }
-// Rows this far apart do not meet in a bank: of 16-byte loads, of 8-byte loads, of NVFP4's scales.
+// Rows this far apart do not meet in a bank: of 16-byte loads, of 8-byte loads.
 DEVICE constexpr int padded(int n) { return up_to(n - 64, 128) + 64; }
 DEVICE constexpr int padded_narrow(int n) { return up_to(n - 32, 128) + 32; }
-DEVICE constexpr int padded_scales(int n) { return up_to(n - 16, 32) + 16; }
 
 // A stage of the first GEMM: CHUNK_GRANULES of 16 rows.
 constexpr int ROW1 = H * NIBBLES / 2;
@@ -48,8 +47,8 @@ constexpr int CHUNK_GRANULES = equal_parts(GRANULES1, larger(CHUNK / GRANULE_BYT
 constexpr int CHUNKS = ceil_div(GRANULES1, CHUNK_GRANULES);
 constexpr int CHUNK_BYTES = smaller(CHUNK_GRANULES * GRANULE_BYTES, ROW1);
 constexpr int STRIDE1 = padded(CHUNK_BYTES);
-// Block scales of eight rows lie side by side in memory, and so they are copied if a stage has whole rows.
-constexpr int SCALE_STRIDE1 = CHUNKS == 1 ? ROW1 / 8 : padded_scales(CHUNK_BYTES / 8);
+// NVFP4's block scales of 16 rows: 256 bytes of each two granules, as `codes.py` has them.
+constexpr int SCALE_STEP = 256;
 // Every warp has equally many granules of every chunk.
 constexpr bool EVEN = GRANULES1 == CHUNKS * CHUNK_GRANULES && CHUNK_GRANULES % CONSUMERS == 0;
 
@@ -76,16 +75,16 @@ constexpr int SLICES = ceil_div(GRANULES2, SLICE_GRANULES);
 constexpr int SLICE_BYTES = smaller(SLICE_GRANULES * GRANULE_BYTES, ROW2);
 constexpr bool WHOLE = SLICES == 1 && ROW2 < 512;  // one copy for all rows of a hit
 constexpr int STRIDE2 = WHOLE ? ROW2 : NARROW ? padded_narrow(SLICE_BYTES) : padded(SLICE_BYTES);
-constexpr int SCALE_STRIDE2 = SLICES == 1 ? ROW2 / 8 : padded_scales(SLICE_BYTES / 8);
+constexpr int SLICE_SCALES = 2 * SLICE_BYTES;  // of 16 rows
 constexpr int PIECE = ROWS * STRIDE2;
 constexpr int PIECES = SLICES > 1 ? 1 : larger(16 * STRIDE1 / PIECE, 1);
 constexpr int SUBS = ceil_div(smaller(SLICE_GRANULES * GRANULE, I), SUB);  // of a slice
 constexpr int SCALE_COLUMNS13 = ceil_div(H, K13), SCALE_ROWS13 = ceil_div(I, N13);
 constexpr int SCALE_COLUMNS2 = ceil_div(I, K2), SCALE_ROWS2 = ceil_div(H, N2);
 
-constexpr int SCALES1 = FORMAT == FP8 ? 2 * CHUNK_GRANULES * 4 : FORMAT == NVFP4 ? 16 * SCALE_STRIDE1 : 0;
+constexpr int SCALES1 = FORMAT == FP8 ? 2 * CHUNK_GRANULES * 4 : FORMAT == NVFP4 ? 2 * CHUNK_BYTES : 0;
 constexpr int PIECE_SCALES = FORMAT == FP8     ? ROW_GROUPS * SUBS * 4
-                             : FORMAT == NVFP4 ? ROWS * SCALE_STRIDE2
+                             : FORMAT == NVFP4 ? ROW_GROUPS * SLICE_SCALES
                                                : 0;
 constexpr int STAGE_DATA = larger(16 * STRIDE1, PIECES * PIECE);
 constexpr int STAGE = up_to(STAGE_DATA + larger(SCALES1, PIECES * PIECE_SCALES), 128);

@@ -20,9 +20,8 @@
 // Each item is made by one block in a fixed order, so results repeat bit for bit.
 //
 // Compile-time constants: GATED, CODES and STAGES (steps of weights, halves of steps of tokens, that shared memory
-// holds), EXPERTS (room in the list), ACTIVATION (its kind), PADDED (there may be fewer hidden columns than a multiple
-// of 256), LONE (outputs have targets: `targets.cuh`), STREAMED (L2 gives weights up first), SHARED_BYTES (what the
-// launch asks for). In clusters of two blocks.
+// holds), EXPERTS (room in the list), ACTIVATION (its kind), LONE (outputs have targets: `targets.cuh`), STREAMED (L2
+// gives weights up first), SHARED_BYTES (what the launch asks for). In clusters of two blocks.
 #include "pairs_nvfp4_copies.cuh"
 #include "pairs_nvfp4_epilogues.cuh"
 #include "pairs_nvfp4_products.cuh"
@@ -84,33 +83,33 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // tokens: `[positions, K]` bf16 in boxes of 16 and 128 bytes; weights, in bytes of two codes: w13,
 // `[E, I / 64, (gate, up), 64, H / 2]`, in boxes of 1, 4, 2, 8 and 128, or w2, `[E * H, I / 2]`, in boxes of 64 and
 // 128; all with the 128-byte swizzle.
-// weight_scale: e4m3 `[E, (gate, up), scale_rows, scale_columns]`, or `[E * H, scale_columns]`; weight_global:
-// `[E, (gate, up)]` or `[E]`.
+// scales: block scales as in `nvfp4_scales.cuh`; weight_global: `[E, (gate, up)]` or `[E]`.
 // list: how many experts, and of each three numbers: expert, first position, end position.
-// out: `[positions, N]` bf16: hidden columns in the decoder's order, or outputs. N and K are multiples of 256; if
-// PADDED what there is of hidden columns in w13 and w2 ends before, after a multiple of 64, which is w13's scale_rows.
+// out: `[positions, N]` bf16: hidden columns in the decoder's order, or outputs. N and K are multiples of 256; what there
+// is of hidden columns in w13 and w2 may end before, after a multiple of 64.
 // If LONE the second GEMM reads targets, `[positions]`, and of those that have a row writes it in sums, `[tokens, N]` bf16,
 // not in out.
 KERNEL void __launch_bounds__(THREADS, 1) pairs_nvfp4(
-    const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const u8* weight_scale,
+    const GRID_CONSTANT TensorMap tokens, const GRID_CONSTANT TensorMap weights, const GRID_CONSTANT TensorMap scales,
     const float* weight_global, const int* list, u16* out, float limit, float alpha, float beta, int N, int K,
-    int scale_rows, int scale_columns, const Target* targets, u16* sums) {
+    const Target* targets, u16* sums) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Layer layer = {&tokens, &weights, weight_scale, weight_global, list, out,
-                         limit, alpha, beta, N, K, scale_rows, scale_columns, targets, sums};
+    const Layer layer = {&tokens, &weights, &scales, weight_global, list, out,
+                         limit, alpha, beta, N, K, targets, sums};
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&shared.full[s], 1);
             barrier_init(&shared.empty[s], 2 * CONSUMER_WARPS);
         }
         for (int s = 0; s < CODES; s++) {
-            barrier_init(&shared.codes_full[s], 1 + 32);
+            barrier_init(&shared.codes_full[s], 1);
             barrier_init(&shared.codes_empty[s], CONSUMER_WARPS);
         }
         barriers_ready();
         prefetch_map(&tokens);
         prefetch_map(&weights);
+        prefetch_map(&scales);
     }
     const int count = begin(shared, list, layer.blocks());
     // The same for all lanes, which the compiler is to know.

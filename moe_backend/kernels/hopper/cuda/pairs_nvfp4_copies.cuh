@@ -44,7 +44,7 @@ DEVICE void copy_part(const Layer& layer, const Item& item, u8* to, int part, in
     else copy_box<STREAMED>(to, layer.weights, k0 / 2, item.expert * layer.rows + nth * 64, full);
 }
 
-// Codes of all items, with their block scales: 16 of each row, in the order of the rows.
+// Codes of all items, with their block scales.
 DEVICE void copy_codes(const Layer& layer, Shared& shared, int count) {
     const int lane = threadIdx.x % 32, rank = cluster_rank();
     CodeRing ring;
@@ -56,25 +56,17 @@ DEVICE void copy_codes(const Layer& layer, Shared& shared, int count) {
             u64* full = &shared.codes_full[ring.stage];
             barrier_wait(&shared.codes_empty[ring.stage], ring.phase ^ 1);
             if (lane == 0) {
-                barrier_expect(full, PARTS * PART_BYTES);
+                barrier_expect(full, PARTS * (PART_BYTES + PART_SCALES));
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
                     copy_part(layer, item, shared.codes[ring.stage] + part * PART_BYTES, part, k0, full);
                 }
+                u8* to = shared.scales[ring.stage];
+                const int step = k0 / STEP, row = item.expert * layer.rows + item.block * PARTS * 64;
+                if (GATED) copy_gate_up_scales<STREAMED>(to, layer.scales, item.expert, item.block * PARTS, step, full);
+                else copy_down_scales<STREAMED>(to, layer.scales, row, step, full);
             }
-#pragma unroll(PADDED ? 2 : 2 * PARTS)  // then fours, for which there are not as many registers
-            for (int i = 0; i < 2 * PARTS; i++) {
-                const int nth = item.block * PARTS + i / 2, r = i % 2 * 32 + lane;
-                u8* to = shared.scales[ring.stage] + i / 2 * PART_SCALES + r * 16;
-                if (GATED) {
-                    copy_gate_up_scales(to, layer.weight_scale, layer.scale_rows, layer.scale_columns, item.expert,
-                                        first_column(nth), r, k0 / 16);
-                } else {
-                    copy_down_scales(to, layer.weight_scale, layer.scale_columns,
-                                     item.expert * layer.rows + nth * 64 + r, k0 / 16);
-                }
-            }
-            arrive_with_copies(full);
+            __syncwarp();
         }
     }
     __syncwarp();  // as above

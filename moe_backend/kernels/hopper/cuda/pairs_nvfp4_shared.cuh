@@ -1,6 +1,7 @@
 // pairs_nvfp4.cu: its sizes, what the layer is, and what is in shared memory.
 #pragma once
 
+#include "nvfp4_scales.cuh"
 #include "outputs.cuh"
 #include "pairs_items.cuh"
 
@@ -11,7 +12,7 @@ constexpr int BOX_BYTES = BOX * LINE;
 constexpr int MATRIX_BYTES = TILE * LINE;     // 64 columns of a tile's tokens; a half of a step has two such
 constexpr int WARP_GROUPS = 2, BLOCKS = 2;    // that multiply; parts of each
 constexpr int PARTS = WARP_GROUPS * BLOCKS;   // of an item
-constexpr int PART_BYTES = 64 * LINE, PART_SCALES = 64 * 16;  // in a step
+constexpr int PART_BYTES = 64 * LINE;         // in a step
 constexpr int ROWS = (GATED ? 32 : 64) * PARTS;               // hidden columns or outputs of an item
 constexpr int CONSUMER_WARPS = 4 * WARP_GROUPS;
 constexpr int THREADS = 32 * CONSUMER_WARPS + 128;
@@ -40,12 +41,12 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "what the launch asks for");
 
 struct Layer {
     const TensorMap *tokens, *weights;
-    const u8* weight_scale;
+    const TensorMap* scales;
     const float* weight_global;
     const int* list;
     u16* out;
     float limit, alpha, beta;
-    int rows, depth, scale_rows, scale_columns;
+    int rows, depth;
     const Target* targets;
     u16* sums;
 
