@@ -416,14 +416,17 @@ def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     if layer.format == Nvfp4Weights.name:
         stage = parts * (8192 + 1024) + tokens * 512 + 64
         turned, row, each = min(tokens, 16), 2 * group + 16, 12
+        aligned = 240
     else:
         assert layer.w13_block is not None
         assert layer.w2_block is not None
         sub13, sub2 = min(128, layer.w13_block[1]), min(128, layer.w2_block[1], group & -group)
         stage = parts * 8192 + tokens * 136 + 4 * parts * max(256 // sub13, 128 // sub2) + 64
         turned, row, each = min(tokens, 32 if parts <= 4 else 16), group + 16, 16
+        aligned = 128
     staging = max(parts * turned * 128, tokens * max(row, 16 * choice.groups))
-    return stages * stage + staging + 16 * (layer.num_local_experts + 8) + each * tokens + 128
+    lists = 16 * (layer.num_local_experts + 8) + each * tokens
+    return stages * stage + staging + lists + aligned
 
 
 def flow(layer: LayerConfig, tokens: int, groups: int, blocks: int) -> Flow:

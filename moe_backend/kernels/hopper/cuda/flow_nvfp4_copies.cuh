@@ -22,8 +22,8 @@ template <bool GATED>
 DEVICE void copy_weight_scales(const Layer& layer, const Item& item, u8* to, int k0, int lane, u64* full) {
     if (lane != 0) return;
     const int step = k0 / STEP;
-    if (GATED) copy_gate_up_scales<STREAMED>(to, layer.w13_scale, item.expert, item.block * PARTS, step, full);
-    else copy_down_scales<STREAMED>(to, layer.w2_scale, item.expert * layer.H + item.block * ROWS, step, full);
+    if (GATED) copy_gate_up_scales(to, layer.w13_scale, item.expert, item.block * PARTS, step, full);
+    else copy_down_scales(to, layer.w2_scale, item.expert * layer.H + item.block * ROWS, step, full);
 }
 
 // A step of an item's tokens for the first GEMM, from wherever they are; as the accelerator would write them,

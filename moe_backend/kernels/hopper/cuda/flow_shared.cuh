@@ -22,7 +22,7 @@ struct Shared {
     u8 matrices[STAGES][PARTS * PART_BYTES + MOST * TOKEN_BYTES];
     u8 staging[STAGING_BYTES];
     float token_scales[SCALED_STAGES][2][SCALED];
-    alignas(16) Scale weight_scales[STAGES][PARTS * PART_SCALES];
+    alignas(SCALE_BYTES == 0 ? 16 : 128) Scale weight_scales[STAGES][PARTS * PART_SCALES];
     Item items[STAGES];
     Item queue[QUEUE];
     int tokens[QUEUE + 1][MOST];  // of items of the first GEMM; one of them may still be copied

@@ -28,18 +28,17 @@ DEVICE u32 both_halves(u32 pair, bool high) { return __byte_perm(pair, pair, hig
 struct Codes {
     u32 words[4], words8[4];
     u32 scales, scales8;
-    uint2 all_scales;  // of both halves, of the two rows
 
-    // part: 64 rows of 128 bytes, as the accelerator writes them; part_scales: as `codes.py` has them. Halves in turn.
+    // part: 64 rows of 128 bytes, as the accelerator writes them; part_scales: as `codes.py` has them.
     DEVICE void load(const u8* part, const u8* part_scales, int half, int warp, int lane) {
         const int row = 16 * warp + lane / 4, t = lane % 4, piece = (2 * t + half) ^ (lane / 4);
         const u8* codes = part + row * 128 + piece * 16;
         const uint4 low = read<uint4>(codes), high = read<uint4>(codes + 8 * 128);
         words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
         words8[0] = high.x, words8[1] = high.y, words8[2] = high.z, words8[3] = high.w;
-        if (half == 0) all_scales = read<uint2>(part_scales + warp * 256 + lane * 8);
-        scales = decode_scales(all_scales.x, half);
-        scales8 = decode_scales(all_scales.y, half);
+        const uint2 both = read<uint2>(part_scales + warp * 256 + lane * 8);
+        scales = decode_scales(both.x, half);
+        scales8 = decode_scales(both.y, half);
     }
     DEVICE void decode_group(Batch& batch, int group) const {
         const u32 scale = both_halves(scales, group), scale8 = both_halves(scales8, group);

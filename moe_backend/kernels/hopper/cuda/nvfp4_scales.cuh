@@ -2,6 +2,8 @@
 //
 // They lie as `codes.py` has them: of 16 rows and a step of 256 columns 256 bytes, one after another for a part's four
 // warps, and for an item's parts.
+//
+// Compile-time constant: STREAMED.
 #pragma once
 
 #include "common.cuh"
@@ -15,13 +17,13 @@ DEVICE int first_column(int nth) { return nth / 8 * 256 + nth % 8 * 8; }
 // Of the gate and up rows of PARTS parts from the nth on, which are of one 256 hidden columns. By one thread, as below.
 //
 // scales: `[E, steps, 8, I / 64, 256]` in boxes of 1, 1, PARTS, 4 and 256; beyond I zeros.
-template <bool STREAMED> DEVICE void copy_gate_up_scales(u8* to, const TensorMap* scales, int expert, int nth, int step, u64* full) {
+DEVICE void copy_gate_up_scales(u8* to, const TensorMap* scales, int expert, int nth, int step, u64* full) {
     copy_box<STREAMED>(to, scales, 0, nth / 8 * 4, nth % 8, step, expert, full);
 }
 
 // Of PARTS times 64 output rows from `row` on, of all experts' rows.
 //
 // scales: `[steps, E * H / 16, 256]` in boxes of 1, 4 * PARTS and 256.
-template <bool STREAMED> DEVICE void copy_down_scales(u8* to, const TensorMap* scales, int row, int step, u64* full) {
+DEVICE void copy_down_scales(u8* to, const TensorMap* scales, int row, int step, u64* full) {
     copy_box<STREAMED>(to, scales, 0, row / 16, step, full);
 }

@@ -63,8 +63,8 @@ DEVICE void copy_codes(const Layer& layer, Shared& shared, int count) {
                 }
                 u8* to = shared.scales[ring.stage];
                 const int step = k0 / STEP, row = item.expert * layer.rows + item.block * PARTS * 64;
-                if (GATED) copy_gate_up_scales<STREAMED>(to, layer.scales, item.expert, item.block * PARTS, step, full);
-                else copy_down_scales<STREAMED>(to, layer.scales, row, step, full);
+                if (GATED) copy_gate_up_scales(to, layer.scales, item.expert, item.block * PARTS, step, full);
+                else copy_down_scales(to, layer.scales, row, step, full);
             }
             __syncwarp();
         }
