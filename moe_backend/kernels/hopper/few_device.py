@@ -175,6 +175,7 @@ def _scale(
     """Scales of the pieces that begin at `column` of a row (`[GROUPS]`); 0 outside.
 
     Args:
+        base: of its expert's scales.
         row: its number; with NVFP4, whose pieces have two scales each, `_place_of_row`.
     """
     if FORMAT == FP8_BLOCK:
@@ -197,15 +198,14 @@ def _scale(
 
 
 @triton.jit
-def _place_of_row(n, second, first_unit, unit, K: tl.constexpr):
-    """Where a row's block scales begin (`codes.rearranged_scales`).
+def _place_of_row(n, second, unit, K: tl.constexpr):
+    """Where a row's block scales begin among its expert's (`codes.rearranged_scales`).
 
     Args:
         n: its number, of 8 rows; second: whether it is the one that goes with another.
-        first_unit, unit: the expert's first 16 rows, and the row's from there on.
+        unit: number of its 16 rows.
     """
-    at = (first_unit.to(tl.int64) + unit) * ((K + 255) // 256 * 256)
-    return at + n % 8 * 32 + second * 4
+    return unit * ((K + 255) // 256 * 256) + n % 8 * 32 + second * 4
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -264,8 +264,9 @@ def gate_up_kernel(
         gate_row = w13 + e * (2 * I * WIDTH) + i[:, None] * WIDTH
         up_row = gate_row + I * WIDTH
         if FORMAT == NVFP4:
-            gate_at = _place_of_row(i, 0, e * (I // 8), i // 8, H)
-            gate_scale, up_scale, up_at = w13_scale, w13_scale, gate_at + 4
+            gate_at = _place_of_row(i, 0, i // 8, H)
+            gate_scale = w13_scale + e * (I // 8 * ((H + 255) // 256 * 256))
+            up_scale, up_at = gate_scale, gate_at + 4
         else:
             gate_at, up_at = i, i
             gate_scale = w13_scale + e * (2 * scale_rows * scale_columns)
@@ -355,13 +356,21 @@ def down_kernel(
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     BLOCKS: tl.constexpr = (H + 2 * GROUPS - 1) // (2 * GROUPS)
     scale_elements = (H + SCALE_N - 1) // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
+    if FORMAT == NVFP4:
+        scale_elements = H // 16 * ((I + 255) // 256 * 256)
     token = tl.program_id(0) // programs
     key, number, count = _local_slots(ids, expert_map, token * TOP_K, TOP_K, IDS, HAS_MAP, SLOTS)
     # LANES threads beside each other take CHUNK columns of a row: the compiler lays it out so.
     piece = tl.arange(0, CHUNK)[None, :] + tl.zeros((GROUPS, 1), tl.int32)
     for block in range(tl.program_id(0) % programs, BLOCKS, programs):
-        n = block * (2 * GROUPS) + tl.arange(0, GROUPS)
-        m = n + GROUPS
+        if FORMAT == NVFP4 and GROUPS < 8:
+            # Scales of rows eight apart lie side by side.
+            EIGHTH: tl.constexpr = 8 // GROUPS
+            n = block // EIGHTH * 16 + block % EIGHTH * GROUPS + tl.arange(0, GROUPS)
+            m = n + 8
+        else:
+            n = block * (2 * GROUPS) + tl.arange(0, GROUPS)
+            m = n + GROUPS
         acc = tl.zeros((GROUPS, LANES, 4), tl.float32)
         other = tl.zeros((GROUPS, LANES, 4), tl.float32)
         for first in range(0, count * CHUNKS, UNROLL):
@@ -381,12 +390,11 @@ def down_kernel(
                 other_mask = (m < rows)[:, None] & (column < WIDTH)
                 codes += (tl.load(row + n[:, None] * WIDTH, mask=mask, other=ZERO),)
                 other_codes += (tl.load(row + m[:, None] * WIDTH, mask=other_mask, other=ZERO),)
+                scale = w2_scale + e * scale_elements
+                n_at, m_at = n, m
                 if FORMAT == NVFP4:
-                    scale, first_unit = w2_scale, e * (H // 16)
-                    n_at = _place_of_row(n, n // 8 % 2, first_unit, n // 16, I)
-                    m_at = _place_of_row(m, m // 8 % 2, first_unit, m // 16, I)
-                else:
-                    scale, n_at, m_at = w2_scale + e * scale_elements, n, m
+                    n_at = _place_of_row(n, n // 8 % 2, n // 16, I)
+                    m_at = _place_of_row(m, m // 8 % 2, m // 16, I)
                 k0 = start * PACKED
                 s = _scale(
                     scale, n_at, n < rows, k0, I, FORMAT, SCALE_N, SCALE_K, GROUPS, LANES
