@@ -4,7 +4,8 @@
     python benchmarks/speed_tables.py --check   # exit code 1 if a table differs from its rows
 
 A table lies between `<!-- NAME -->` and `<!-- end of NAME -->`. To measure again, run the commands
-in benchmarks/results/README.md and name their files in UNIFORM, LATER, ZIPF, READ and AMONG.
+in benchmarks/results/README.md, name their files in UNIFORM, ZIPF and READ, and drop the rows that
+they replace.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_backend.bench import report
-from moe_backend.bench.report import Row
+from moe_backend.bench.report import CACHED, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-UNIFORM, ZIPF, READ = (
-    RESULTS / f"h200x2-2026-11-30-bench{name}.json" for name in ("", "-zipf", "-read")
-)
-# The last of them with a layer is what counts.
-LATER = [
-    RESULTS / name for name in ("h200x2-2026-11-30-bench-later.json", "h200-2026-12-01-bench.json")
+# Of one layer all rows are in one of these files, or, by the two clocks, in two.
+UNIFORM = [
+    RESULTS / f"{name}.json"
+    for name in (
+        "h200x2-2026-11-30-bench",
+        "h200x2-2026-11-30-bench-later",
+        "h200-2026-12-01-bench",
+        "h200-2026-12-01-bench-layers",
+        "h200-2026-12-01-bench-two-clocks",
+    )
 ]
-AMONG = RESULTS / "h200-2026-12-01-bench-layers.json"
+ZIPF, READ = (RESULTS / f"h200x2-2026-11-30-bench-{name}.json" for name in ("zipf", "read"))
 # Layers as people call them, in the order of the tables.
 LAYERS = {
     "step-3.5-ep8": "Step-3.5 FP8, EP8",
@@ -45,6 +50,8 @@ LAYERS = {
     "deepseek-v3-ep8": "DeepSeek-V3 FP8, EP8",
     "glm-class-ep8": "GLM-class FP8, EP8",
     "qwen3-235b-ep8": "Qwen3-235B FP8, EP8",
+    "qwen3-235b-nvfp4-tp8": "Qwen3-235B NVFP4, TP8",
+    "qwen3-235b-nvfp4-tp4": "Qwen3-235B NVFP4, TP4",
 }
 # Those that backends take as they are, of which the README tells.
 USUAL = [name for name in LAYERS if not name.endswith(("-padded", "-folded"))]
@@ -100,18 +107,30 @@ def in_order(rows: list[Row]) -> list[Row]:
     return [replace(r, case=LAYERS[name]) for name in LAYERS for r in rows if r.case == name]
 
 
+def once(measured: list[Row], cache: str) -> list[Row]:
+    """The rows by one clock; raises ValueError if there are two of a cell."""
+    rows = [row for row in measured if row.cache == cache]
+    cells = [(row.case, row.tokens) for row in rows]
+    twice = sorted(
+        {f"{case} at {tokens}" for case, tokens in cells if cells.count((case, tokens)) > 1}
+    )
+    if twice:
+        raise ValueError(
+            f"{CACHED[cache]}, measured twice: {', '.join(twice)}; drop the older rows"
+        )
+    return rows
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """What stands between the markers of each file."""
-    uniform, zipf, read, among = (report.read_json(file) for file in (UNIFORM, ZIPF, READ, AMONG))
-    for file in LATER:
-        later = report.read_json(file)
-        again = {row.case for row in later}
-        uniform = [row for row in uniform if row.case not in again] + later
-    told = [row for row in uniform if row.case in USUAL]
+    measured = [row for file in UNIFORM for row in report.read_json(file)]
+    uniform, among = (once(measured, cache) for cache in ("written", "layers"))
+    zipf, read = report.read_json(ZIPF), report.read_json(READ)
+    told, told_among = ([row for row in some if row.case in USUAL] for some in (uniform, among))
     return {
         ROOT / "README.md": {
             "speed": f"{overview(told)}\n\n{means(told)}",
-            "among": f"{overview(among)}\n\n{means(among)}",
+            "among": f"{overview(told_among)}\n\n{means(told_among)}",
         },
         ROOT / "docs" / "speed.md": {
             "rows": report.table(in_order(uniform)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_means_name_the_rows_that_are_slower(tables):
     ):
         text = tables.means(rows + [row(name) for name in others])
         assert f"times in Step-3.5's at {wanted}, " in text
+
+
+def test_a_cell_that_was_measured_twice_is_told(tables):
+    rows = [row(), row(tokens=1), row("minimax-m3"), replace(row(), cache="layers")]
+    assert tables.once(rows, "written") == rows[:3]
+    assert tables.once(rows, "layers") == rows[3:]
+    with pytest.raises(ValueError, match="L2 written, measured twice: step-3.5-ep8 at 8; drop"):
+        tables.once([*rows, row(ours=39.0)], "written")
 
 
 def test_a_table_that_is_not_of_the_rows_is_told_and_written_anew(tables, tmp_path, monkeypatch):
