@@ -52,7 +52,7 @@ def converted(tiny, tmp_path_factory):
 def test_accuracy_of_every_dialect(tmp_path):
     """The command of the README, on a part of the prompts."""
     out = tmp_path / "accuracy.json"
-    result = warm_vllm.run(str(EXAMPLES / "accuracy.py"), "--prompts", "300", "--json", str(out))
+    result = warm_vllm.run(str(EXAMPLES / "accuracy.py"), "--prompts", "150", "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     accuracy = json.loads(out.read_text())["accuracy"]
     dialects = {"bf16", "fp8-block", "nvfp4-modelopt", "nvfp4-ct"}

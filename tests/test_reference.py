@@ -26,7 +26,11 @@ def fused(problem, **kw):
     return FusedMoE(problem.layer, problem.weights, **kw)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_weights_over_4_gib(dtype):
     """The last expert lies beyond 4 GiB in `w13`; only its pages are ever written."""
     hidden, intermediate = 4096, 4096

@@ -99,7 +99,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "w13_block": (32, 32), "w2_
         (KERNELS[0], {"top_k": 6, **SMALL}, 9000),
         (KERNELS[0], {"top_k": 8, **SMALL}, 9000),
         (KERNELS[0], {"top_k": 8, **SMALL}, 2048),
-        (KERNELS[1], {"top_k": 6, **SMALL}, 9000),
+        (KERNELS[1], {"top_k": 6, **SMALL}, 4100),
         # With sorted tokens: their chunks are counted, too.
         (KERNELS[0], {"top_k": 2}, 4100),
         (KERNELS[0], {"name": "nvfp4", "intermediate_size": 256}, 4100),
