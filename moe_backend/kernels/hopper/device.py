@@ -2,7 +2,8 @@
 
 Weights are the first operand of every product: a tile of 64 to 256 weight rows is the wide side of
 a warp-group MMA and the few tokens of an expert its narrow one, so one row per expert wastes
-little. The tensor memory accelerator brings weight tiles from the checkpoint's own layout. It sees
+little. The tensor memory accelerator brings weight tiles from the checkpoint's own rows, NVFP4 in
+the order of `codes.py`. It sees
 `w13` as `[E, I / 8, (gate, up), 8, H]`, so a tile holds gate and up rows in turns of eight, and the
 accumulators of a gate row and of its up row lie in the same thread.
 

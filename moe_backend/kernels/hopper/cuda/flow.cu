@@ -100,7 +100,7 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // w13_scale: `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, scale_rows2, scale_columns2]`.
 // H is a multiple of 64, I of 16.
 //
-// NVFP4, in bytes of two codes. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and 128; w2:
+// NVFP4, in bytes of two codes, as in `codes.py`. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and 128; w2:
 // `[E * H, I / 2]` in boxes of 64 and 128; hidden8: `[I / 64, positions, 128]`, of 64 bf16, in boxes of 4, 8 and 128.
 // tokens and hidden: bf16, `[num_tokens, H]` and `[positions, I]`, columns in the decoder's order.
 // w13_scale, w2_scale: block scales as in `nvfp4_scales.cuh`; w13_global: `[E, (gate, up)]`; w2_global: `[E]`. H is a

@@ -79,8 +79,8 @@ DEVICE void consume(const Shared& s, const Problem& p, int warp, int lane) {
 }
 
 // x, out: bf16 [tokens, H]. ids: [tokens, TOP_K]. topk_weights: fp32, likewise. expert_map: int32
-// [NUM_IDS]. w13_scale, w2_scale: fp32 (fp8) or e4m3 (nvfp4). w13_global: [EXPERTS, 2], w2_global:
-// [EXPERTS]. hidden: bf16 [HITS * TOKENS, I] for the launch's own use. counters: 96 ints, zero before
+// [NUM_IDS]. w13_scale, w2_scale: fp32 (fp8) or e4m3 (nvfp4, whose weights lie as in `codes.py`). w13_global:
+// [EXPERTS, 2], w2_global: [EXPERTS]. hidden: bf16 [HITS * TOKENS, I] for the launch's own use. counters: 96 ints, zero before
 // and after: tickets, those of the groups of hits, exits, each from a line of 128 bytes on.
 KERNEL void __launch_bounds__(THREADS, 1)
     moe_once(const u8* x, const void* ids, const int* expert_map, const float* topk_weights, const u8* w13,
