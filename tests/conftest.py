@@ -61,3 +61,30 @@ def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> None:
             backend="gloo",
         )
         initialize_model_parallel(1, 1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Hopper's preparation, and plain torch on codes that are put back in order."""
+    from test_hopper_codes import codes_of, scales_of_rows
+
+    from moe_backend.formats.nvfp4 import pack
+    from moe_backend.kernels import registry
+    from moe_backend.kernels.hopper.kernel import HopperKernel
+
+    class OnTheCpu(HopperKernel):
+        def refusal(self, layer):
+            return None
+
+        def warmup_tokens(self, layer, max_tokens):
+            return []
+
+        def apply(self, layer, tensors, *given):
+            in_order = list(tensors)
+            for n in (0, 3):
+                in_order[n] = pack(codes_of(tensors[n]).flatten(-2).to(torch.uint8))
+                in_order[n + 1] = scales_of_rows(tensors[n + 1], n == 0, in_order[n].shape[2] // 8)
+            return registry.kernel_named("reference").apply(layer, in_order, *given)
+
+    others = registry.kernels()[1:]
+    monkeypatch.setattr(registry, "kernels", lambda: [OnTheCpu(), *others])

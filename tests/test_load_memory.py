@@ -35,15 +35,20 @@ def size(tensors):
         ("nvfp4_modelopt", "folded"),
         ("nvfp4_ct", "folded"),
         ("nvfp4_modelopt", "unpacked"),
+        ("nvfp4_modelopt", "ordered"),
+        ("nvfp4_ct", "ordered"),
     ],
 )
 @pytest.mark.usefixtures("vllm_world")
-def test_preparing_a_model_takes_one_layer_more(dialect, path, monkeypatch):
+def test_preparing_a_model_takes_one_layer_more(dialect, path, monkeypatch, request):
     """All layers loaded, then prepared one after another, as vLLM does."""
     pytest.importorskip("vllm")
     from vllm_layers import format_of, make_layer
 
-    monkeypatch.setenv("MOE_BACKEND_NVFP4", path)
+    if path == "ordered":  # packed, in the order of Hopper's kernels
+        request.getfixturevalue("hopper")
+        monkeypatch.setattr("moe_backend.kernels.hopper.codes.WORDS_AT_A_TIME", 2**14)
+    monkeypatch.setenv("MOE_BACKEND_NVFP4", "packed" if path == "ordered" else path)
     problem = build(Case(format_of(dialect), STEP, **SIZES))
     layers = [make_layer(problem, dialect) for _ in range(LAYERS)]
     for layer in layers:

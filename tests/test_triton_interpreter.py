@@ -98,7 +98,7 @@ from moe_backend.kernels.hopper.kernel import HopperKernel, shape_refusal
 from moe_backend.kernels.hopper.tiles import Few, Part
 from moe_backend.kernels.reference import ReferenceKernel
 from moe_backend.verify.metrics import difference
-from moe_backend.verify.problems import build, cases
+from moe_backend.verify.problems import ACTIVATIONS, Case, build, cases
 
 results = {}
 for number, case in enumerate(cases()):
@@ -145,6 +145,17 @@ for number, case in enumerate(cases()):
         expected = ReferenceKernel().apply(layer, weights.tensors(), p.x.float(), *first, None)
         found = difference(out, expected)
         results["on input " + case.name] = [found.rel_l2, found.within(1e-3)]
+# As many rows as on a GPU: with two, rows eight apart are taken together.
+for groups in (2, 8):
+    case = Case("nvfp4", ACTIVATIONS[1], hidden_size=32, intermediate_size=32, tokens=1)
+    p = build(case)
+    deal = Few(Part(4, 1, 4), Part(32 // groups, 1, 1), 2, 2)
+    assert deal.down.groups == groups
+    layer = replace(p.layer, dtype="float16")
+    args = p.x.half(), p.topk_weights, p.topk_ids, p.expert_map
+    out = few.run(layer, HopperKernel().prepare(p.weights), *args, deal, on_gpu=False)
+    found = difference(out, p.reference)
+    results[f"{groups} rows"] = [found.rel_l2, found.within(1e-3)]
 print(json.dumps(results))
 """
 

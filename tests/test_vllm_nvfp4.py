@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
-from test_hopper_codes import codes_of, scales_of_rows
 from vllm_layers import (
     NVFP4_DIALECTS,
     checkpoint_tensors,
@@ -22,7 +21,6 @@ from vllm_layers import (
 )
 
 from moe_backend.formats.folding import fold
-from moe_backend.formats.nvfp4 import pack
 from moe_backend.verify.metrics import difference
 from moe_backend.verify.naive import naive_experts
 from moe_backend.verify.problems import ACTIVATIONS, Case, build
@@ -371,30 +369,6 @@ def test_native_layer_through_vllm(monkeypatch):
 # --- In the order of Hopper's decoders ------------------------------------------------------------
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """Hopper's preparation, and plain torch on codes that are put back in order."""
-    from moe_backend.kernels import registry
-    from moe_backend.kernels.hopper.kernel import HopperKernel
-
-    class OnTheCpu(HopperKernel):
-        def refusal(self, layer):
-            return None
-
-        def warmup_tokens(self, layer, max_tokens):
-            return []
-
-        def apply(self, layer, tensors, *given):
-            in_order = list(tensors)
-            for n in (0, 3):
-                in_order[n] = pack(codes_of(tensors[n]).flatten(-2).to(torch.uint8))
-                in_order[n + 1] = scales_of_rows(tensors[n + 1], n == 0, in_order[n].shape[2] // 8)
-            return registry.kernel_named("reference").apply(layer, in_order, *given)
-
-    others = registry.kernels()[1:]
-    monkeypatch.setattr(registry, "kernels", lambda: [OnTheCpu(), *others])
-
-
 @pytest.mark.usefixtures("packed", "hopper")
 @pytest.mark.parametrize("dialect", NVFP4_DIALECTS)
 def test_layer_in_the_order_of_the_decoders(dialect):
@@ -406,6 +380,8 @@ def test_layer_in_the_order_of_the_decoders(dialect):
     weight = layer.experts.w13_weight
     assert weight.dtype == torch.int32
     assert weight.nbytes == first.weights.w13.nbytes
+    quantised = layer.experts.quant_method.moe_quant_config
+    assert (quantised.w1_scale, quantised.w2_scale) == (None, None)  # no other copy stays
     before = layer(*inputs(first))
     assert difference(before, first.reference).within(REL_L2)
     for moved in layer.experts.get_expert_weights():

@@ -62,11 +62,16 @@ def measure(
             return dict.fromkeys(
                 caches, Result("wrong", found.rel_l2 if found.finite else None, note)
             )
-        us = {cache: _microseconds(call, given.args, replay, 60, cache) for cache in caches}
-        rel_l2 = round(found.rel_l2, 5)
-        return {cache: Result(round(us[cache], 2), rel_l2, note) for cache in caches}
     except Exception as error:  # whatever a backend raises: the others are still measured
         return dict.fromkeys(caches, Result(None, None, reason(error)))
+    results = {}
+    for cache in caches:
+        try:
+            us = _microseconds(call, given.args, replay, 60, cache)
+            results[cache] = Result(round(us, 2), round(found.rel_l2, 5), note)
+        except Exception as error:  # by another clock it may still be timed
+            results[cache] = Result(None, None, reason(error))
+    return results
 
 
 def reason(error: Exception) -> str:

@@ -118,8 +118,14 @@ def summary(rows: list[Row]) -> list[str]:
             f"{where}{geometric_mean(of_it):.2f} times the best rival's speed (geometric mean of "
             f"{len(of_it)} rows); not slower in {ahead} of them"
         )
-    wrong = [f"{r.case} {r.routing} at {r.tokens} tokens" for r in rows if r.ours_us == "wrong"]
-    failed = [f"{r.case} {r.routing} at {r.tokens} tokens" for r in rows if r.ours_us is None]
+    by = {row.cache for row in rows}
+
+    def place(row: Row) -> str:
+        held = f", {CACHED[row.cache]}" if len(by) > 1 else ""
+        return f"{row.case} {row.routing} at {row.tokens} tokens{held}"
+
+    wrong = [place(row) for row in rows if row.ours_us == "wrong"]
+    failed = [place(row) for row in rows if row.ours_us is None]
     out += [f"ours is WRONG: {where}" for where in wrong]
     out += [f"ours could not run: {where}" for where in failed]
     return out

@@ -132,15 +132,17 @@ def _prepare(layer: Any, kind: _Method, kept: Any, method: Any) -> None:
     if weights is not packed:
         how = f"was converted from {packed.name.upper()} ({path})"
     tensors = fused.hand_over()  # in the order of `Weights.tensors()`, whatever the kernel
+    replaced = False
     for name, tensor in zip(parameters, tensors[: len(parameters)], strict=True):
         # One copy stays: a kernel's own layout takes the place of the checkpoint's.
         if tensor is not None and tensor.data_ptr() != getattr(layer, name).data_ptr():
             replace_parameter(layer, name, tensor)
             record.note_converted(name, how)
+            replaced = True
     if isinstance(packed, Nvfp4Weights):
         vllm_nvfp4.note_scales(layer, record)
-    if isinstance(packed, Nvfp4Weights) and weights is not packed:
-        vllm_nvfp4.forget_packed_scales(layer, method, path)
+        if replaced:
+            vllm_nvfp4.forget_checkpoint_scales(layer, method, path)
     experts = method.moe_kernel.fused_experts
     experts.fused_moe = fused
     experts.read_tensors = partial(read, layer, kept)

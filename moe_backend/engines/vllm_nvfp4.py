@@ -180,8 +180,8 @@ def prepare(layer: Any, config: LayerConfig, weights: Nvfp4Weights) -> Prepared:
     return prepared
 
 
-def forget_packed_scales(layer: Any, method: Any, path: Nvfp4Path) -> None:
-    """Drop the packed block scales, a ninth of the packed weights, where the path has no use."""
+def forget_checkpoint_scales(layer: Any, method: Any, path: Nvfp4Path) -> None:
+    """Drop the block scales as they were loaded, a ninth of the weights, where others serve."""
     for weight in (method.moe_quant_config._w1, method.moe_quant_config._w2):
         weight.scale = None
     if path is Nvfp4Path.UNPACKED:
