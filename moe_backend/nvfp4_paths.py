@@ -19,9 +19,10 @@ from moe_backend.kernels.nvfp4_native import Nvfp4NativeKernel
 from moe_backend.kernels.registry import LayerConfig
 
 # Tokens per expert from which folding is worth 1.78 times the memory and some accuracy. Measured
-# on an H200 (deepseek-v4-flash-ep8 and -folded, both through the Hopper kernels, folded ones before
-# `Flow`): at 6 packed takes 0.69 of the time, at 24 0.80, at 48 233 us, which is what lies between
-# folded's 229 at 24 and 275 at 96; there folded takes 0.70 of packed's.
+# on an H200 (deepseek-v4-flash-ep8 and -folded, packed of 1 December, folded of 30 November 2026):
+# at 6 packed takes 0.66 of the time, at 24 0.72, at 96 folded 0.89 of packed's. Packed takes 228 us
+# at 48, which folded's 224 at 24 and 263 at 96 put somewhat below the crossing; between 48 and 96
+# folded has not been timed.
 CROSSOVER_TOKENS_PER_EXPERT = 48
 
 

@@ -82,8 +82,14 @@ def test_scales_lie_where_the_kernels_look(gate_up, groups):
         assert torch.equal(found[:, unit, group // 16, at], given[:, row, group])
 
 
-def test_codes_in_the_checkpoints_order_are_refused():
+def test_weights_in_the_checkpoints_order_are_refused():
     problem = build(Case("nvfp4", Activation.from_name("silu"), hidden_size=256))
     given = problem.x, problem.topk_weights, problem.topk_ids, problem.expert_map
-    with pytest.raises(TypeError, match=r"uint8, not int32 words: `prepare` the weights first"):
-        kernel.run(problem.layer, problem.weights.tensors(), *given, Once(1))
+    unprepared, prepared = (
+        problem.weights.tensors(), kernel.HopperKernel().prepare(problem.weights)
+    )  # fmt: skip
+    for which in (0, 1):
+        tensors = list(prepared)
+        tensors[which] = unprepared[which]
+        with pytest.raises(TypeError, match="in the checkpoint's order: `prepare` them first"):
+            kernel.run(problem.layer, tensors, *given, Once(1))

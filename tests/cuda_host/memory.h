@@ -329,7 +329,6 @@ inline void copy_few(void* to, const void* from, int bytes, bool there, const ch
 }  // namespace host
 
 inline void copy_float(float* to, const float* from) { host::copy_few(to, from, 4, true, "copy_float"); }
-inline void copy_four(void* to, const void* from, bool there) { host::copy_few(to, from, 4, there, "copy_four"); }
 inline void copy_sixteen(void* to, const void* from, bool there) {
     host::copy_few(to, from, 16, there, "copy_sixteen");
 }

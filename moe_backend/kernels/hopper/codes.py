@@ -52,8 +52,8 @@ def rearranged(codes: torch.Tensor) -> torch.Tensor:
     for given, to in zip(*some, strict=True):
         to.zero_()
         for by, mask in _moves().items():
-            moved = given << by if by > 0 else given >> -by  # the sign that comes in is masked
-            to |= moved.bitwise_and_(_signed(mask))
+            # The sign that a shift to the right brings in is masked.
+            to |= (given << by if by > 0 else given >> -by).bitwise_and_(_signed(mask))
     return new
 
 
@@ -72,7 +72,9 @@ def rearranged_scales(scales: torch.Tensor, gate_up: bool) -> torch.Tensor:
     """
     e, rows, groups = scales.shape
     units, steps = rows // 16, cdiv(groups, 16)
-    bytes_ = torch.nn.functional.pad(scales.view(torch.uint8), (0, steps * 16 - groups))
+    bytes_ = scales.contiguous().view(torch.uint8)
+    if groups != steps * 16:
+        bytes_ = torch.nn.functional.pad(bytes_, (0, steps * 16 - groups))
     if gate_up:  # which of the two, of 8 rows, thread of four, one of its four
         blocks = bytes_.view(e, 2, units, 8, steps, 4, 4).permute(0, 2, 4, 3, 5, 1, 6)
     else:

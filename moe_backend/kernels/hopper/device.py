@@ -2,10 +2,10 @@
 
 Weights are the first operand of every product: a tile of 64 to 256 weight rows is the wide side of
 a warp-group MMA and the few tokens of an expert its narrow one, so one row per expert wastes
-little. The tensor memory accelerator brings weight tiles from the checkpoint's own rows, NVFP4 in
-the order of `codes.py`. It sees
-`w13` as `[E, I / 8, (gate, up), 8, H]`, so a tile holds gate and up rows in turns of eight, and the
-accumulators of a gate row and of its up row lie in the same thread.
+little. The tensor memory accelerator brings weight tiles from the checkpoint's own rows (NVFP4 in
+the order of `codes.py`). It sees `w13` as `[E, I / 8, (gate, up), 8, H]`, so a tile holds gate and
+up rows in turns of eight, and the accumulators of a gate row and of its up row lie in the same
+thread.
 
 FP8 weights meet activations quantised per token and 128 columns (the hidden ones per token and tile
 of rows), each partial sum of at most 128 products scaled in fp32. NVFP4 codes become bf16 times
@@ -274,7 +274,7 @@ def _decode_nvfp4(packed, scale, ROWS: tl.constexpr, PTX: tl.constexpr, COMPUTE:
         o2 = (_e2m1(c5, tl.float32) * spread).to(COMPUTE)
         e3 = (_e2m1(c6, tl.float32) * spread).to(COMPUTE)
         o3 = (_e2m1(c7, tl.float32) * spread).to(COMPUTE)
-    even = tl.join(tl.join(e0, e1), tl.join(e2, e3))  # bytes 0, 2, 1, 3
+    even = tl.join(tl.join(e0, e1), tl.join(e2, e3))  # codes 0, 4, 2, 6
     odd = tl.join(tl.join(o0, o1), tl.join(o2, o3))
     even = even.reshape(ROWS, 4, 8, 2, 2).permute(0, 2, 3, 1, 4).reshape(ROWS, 128)
     odd = odd.reshape(ROWS, 4, 8, 2, 2).permute(0, 2, 3, 1, 4).reshape(ROWS, 128)

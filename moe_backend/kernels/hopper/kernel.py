@@ -125,12 +125,13 @@ def run(
         tensors: of `HopperKernel.prepare`.
         choice: another method or other tiles than the table's.
     Raises:
-        TypeError: NVFP4 codes in the checkpoint's order.
+        TypeError: NVFP4 weights in the checkpoint's order.
     """
-    w13, choice = tensors[0], choice or choose(layer, len(x))
-    if layer.format == Nvfp4Weights.name and (w13 is None or w13.dtype != torch.int32):
-        found = None if w13 is None else w13.dtype
-        raise TypeError(f"NVFP4 codes are {found}, not int32 words: `prepare` the weights first")
+    choice = choice or choose(layer, len(x))
+    if layer.format == Nvfp4Weights.name:
+        codes, scales = tensors[:2]
+        if codes is None or codes.dtype != torch.int32 or scales is None or scales.ndim != 4:
+            raise TypeError("NVFP4 weights in the checkpoint's order: `prepare` them first")
     # Kernels in CUDA C++ read whole numbers of these sizes.
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.int()

@@ -166,7 +166,10 @@ def _columns(weight: torch.Tensor, tile: Tile) -> int:
 
 
 def scale_shape(layer: LayerConfig, scale: torch.Tensor, parts: int) -> tuple[int, int]:
-    """Rows of scales that one part (gate, up or down) has, and columns."""
+    """Rows of scales that one part (gate, up or down) has, and columns.
+
+    Of NVFP4, whose scales lie in blocks (`codes.py`), the second is steps of 256 columns.
+    """
     if layer.format == Bf16Weights.name:
         return 0, 0
     return scale.shape[1] // parts, scale.shape[2]

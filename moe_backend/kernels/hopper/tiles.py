@@ -416,7 +416,7 @@ def _flow_bytes(layer: LayerConfig, choice: Flow) -> int:
     if layer.format == Nvfp4Weights.name:
         stage = parts * (8192 + 1024) + tokens * 512 + 64
         turned, row, each = min(tokens, 16), 2 * group + 16, 12
-        aligned = 240
+        aligned = 288  # up to; between arrays
     else:
         assert layer.w13_block is not None
         assert layer.w2_block is not None

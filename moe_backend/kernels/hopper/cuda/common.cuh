@@ -196,10 +196,6 @@ DEVICE void prefetch_map(const TensorMap* map) {
 DEVICE void copy_float(float* to, const float* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-// Four bytes, aligned; or zeros.
-DEVICE void copy_four(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
 // 16 bytes, aligned; or zeros.
 DEVICE void copy_sixteen(void* to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");

@@ -44,12 +44,12 @@
 #include "flow_items.cuh"
 #if FORMAT == 1
 #include "flow_fp8_products.cuh"
-#define SCALES const float*
-#define SCALES_AT(scales) scales
+#define SCALE_PARAMETER const float*
+#define SCALE_POINTER(scales) scales
 #else
 #include "flow_nvfp4_products.cuh"
-#define SCALES const GRID_CONSTANT TensorMap
-#define SCALES_AT(scales) &scales
+#define SCALE_PARAMETER const GRID_CONSTANT TensorMap
+#define SCALE_POINTER(scales) &scales
 #endif
 
 // All of an item, by a warp group.
@@ -100,8 +100,8 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // w13_scale: `[E, (gate, up), scale_rows13, scale_columns13]`; w2_scale: `[E, scale_rows2, scale_columns2]`.
 // H is a multiple of 64, I of 16.
 //
-// NVFP4, in bytes of two codes, as in `codes.py`. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and 128; w2:
-// `[E * H, I / 2]` in boxes of 64 and 128; hidden8: `[I / 64, positions, 128]`, of 64 bf16, in boxes of 4, 8 and 128.
+// NVFP4, in bytes of two codes, as in `codes.py`. w13: `[E, I / 64, (gate, up), 64, H / 2]` in boxes of 1, 4, 2, 8 and
+// 128; w2: `[E * H, I / 2]` in boxes of 64 and 128; hidden8: `[I / 64, positions, 128]`, of 64 bf16, in boxes of 4, 8 and 128.
 // tokens and hidden: bf16, `[num_tokens, H]` and `[positions, I]`, columns in the decoder's order.
 // w13_scale, w2_scale: block scales as in `nvfp4_scales.cuh`; w13_global: `[E, (gate, up)]`; w2_global: `[E]`. H is a
 // multiple of 256, and so is I; what there is in w13 and w2 may end before, after a multiple of 64. Hidden columns of
@@ -113,14 +113,15 @@ DEVICE void consume(const Layer& layer, Shared& shared, const Place& place) {
 // partial: `[positions, H]` bf16.
 KERNEL void __launch_bounds__(THREADS, 1) flow(
     const GRID_CONSTANT TensorMap w13, const GRID_CONSTANT TensorMap w2,
-    const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8, SCALES w13_scale,
-    SCALES w2_scale, const float* w13_global, const float* w2_global, const u8* tokens,
+    const GRID_CONSTANT TensorMap hidden32, const GRID_CONSTANT TensorMap hidden8,
+    SCALE_PARAMETER w13_scale, SCALE_PARAMETER w2_scale, const float* w13_global, const float* w2_global, const u8* tokens,
     const float* token_scale, const int* list, const int* token_of, int* counters, u8* hidden,
     float* hidden_scale, u16* partial, float limit, float alpha, float beta, int H, int I, int num_tokens,
     int positions, int scale_rows13, int scale_columns13, int scale_rows2, int scale_columns2) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Layer layer = {&w13, &w2, &hidden32, &hidden8, SCALES_AT(w13_scale), SCALES_AT(w2_scale), w13_global, w2_global,
+    const Layer layer = {&w13, &w2, &hidden32, &hidden8,
+                         SCALE_POINTER(w13_scale), SCALE_POINTER(w2_scale), w13_global, w2_global,
                          tokens, token_scale, list, token_of, counters, counters + 1, hidden, hidden_scale, partial,
                          limit, alpha, beta, H, I, num_tokens, positions, scale_rows13, scale_columns13,
                          scale_rows2, scale_columns2};

@@ -1,7 +1,6 @@
 // pairs_nvfp4.cu: the warps that keep the rings filled.
 #pragma once
 
-#include "nvfp4_scales.cuh"
 #include "pairs_nvfp4_shared.cuh"
 
 // Tokens of all items. Of a step's four matrices of 64 columns a half needs one of even and one of odd columns:
