@@ -261,6 +261,22 @@ def test_a_failure_is_reported_with_its_reason(on_cpu):
     assert found == {"written": failed, "read": failed}
 
 
+def test_a_clock_that_fails_leaves_the_other(on_cpu, monkeypatch):
+    def timed(replay, milliseconds=60, cache="written"):
+        if cache == "read":
+            raise RuntimeError("out of memory")
+        return 7.0
+
+    monkeypatch.setattr(measure, "microseconds", timed)
+    weights = SMALL.weights("cpu")
+    given = make_inputs(SMALL, weights, 5, "uniform", "cpu")
+    found = measure.measure(call_of(weights), given, caches=("read", "written"))
+    assert found["read"] == measure.Result(None, None, "RuntimeError: out of memory")
+    assert found["written"].us == 7.0
+    rows = [Row("a", 5, "uniform", 1.0, found[cache].us, cache=cache) for cache in found]
+    assert report.summary(rows)[-1] == "ours could not run: a uniform at 5 tokens, L2 read"
+
+
 def test_a_run_marks_each_rival(on_cpu, monkeypatch):
     def build(layer, weights, wanted, milliseconds):
         call = call_of(weights)

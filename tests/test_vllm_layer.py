@@ -18,6 +18,7 @@ from vllm_layers import (
     make_layer,
     reload,
     reloadable,
+    swap_experts,
 )
 
 from moe_backend.engines.vllm import load_kernels
@@ -98,11 +99,7 @@ def test_experts_moved_in_place_are_read_in_place(dialect, tp, monkeypatch):
     layer.finish()
     assert layer.experts.quant_method.supports_eplb
     before = layer(problem.x, problem.topk_weights, problem.topk_ids)
-    for weight in layer.experts.get_expert_weights():
-        weight[[0, 1]] = weight[[1, 0]]
-    swapped = problem.topk_ids.clone()
-    swapped[problem.topk_ids == 0] = 1
-    swapped[problem.topk_ids == 1] = 0
+    swapped = swap_experts(layer, problem.topk_ids)
     assert not torch.equal(layer(problem.x, problem.topk_weights, problem.topk_ids), before)
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 

@@ -18,6 +18,7 @@ from vllm_layers import (
     quant_config,
     reload,
     reloadable,
+    swap_experts,
 )
 
 from moe_backend.formats.folding import fold
@@ -173,11 +174,7 @@ def test_converted_experts_moved_in_place_are_read_in_place(path, monkeypatch):
     problem = build(CASE)
     layer = loaded(problem, "nvfp4_modelopt")
     before = layer(*inputs(problem))
-    for weight in layer.experts.get_expert_weights():
-        weight[[0, 1]] = weight[[1, 0]]
-    swapped = problem.topk_ids.clone()
-    swapped[problem.topk_ids == 0] = 1
-    swapped[problem.topk_ids == 1] = 0
+    swapped = swap_experts(layer, problem.topk_ids)
     assert not torch.equal(layer(*inputs(problem)), before)
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
@@ -358,11 +355,7 @@ def test_native_layer_through_vllm(monkeypatch):
     assert layer.experts.w2_weight.shape == (8, 128, 96)  # 160 columns padded to 192
     before = layer(*inputs(problem))
     assert difference(before, problem.reference).within(0.35, norm=0.05)
-    for weight in layer.experts.get_expert_weights():
-        weight[[0, 1]] = weight[[1, 0]]
-    swapped = problem.topk_ids.clone()
-    swapped[problem.topk_ids == 0] = 1
-    swapped[problem.topk_ids == 1] = 0
+    swapped = swap_experts(layer, problem.topk_ids)
     assert torch.equal(layer(problem.x, problem.topk_weights, swapped), before)
 
 
@@ -384,11 +377,8 @@ def test_layer_in_the_order_of_the_decoders(dialect):
     assert (quantised.w1_scale, quantised.w2_scale) == (None, None)  # no other copy stays
     before = layer(*inputs(first))
     assert difference(before, first.reference).within(REL_L2)
-    for moved in layer.experts.get_expert_weights():
-        moved[[0, 1]] = moved[[1, 0]]
-    swapped = first.topk_ids.clone()
-    swapped[first.topk_ids == 0] = 1
-    swapped[first.topk_ids == 1] = 0
+    swapped = swap_experts(layer, first.topk_ids)
+    assert not torch.equal(layer(*inputs(first)), before)
     assert torch.equal(layer(first.x, first.topk_weights, swapped), before)
     reload(layer, checkpoint_tensors(second.weights, dialect))
     assert layer.experts.w13_weight.data_ptr() == weight.data_ptr()

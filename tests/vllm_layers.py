@@ -213,6 +213,13 @@ def reload(layer: Layer, tensors: list[tuple[str, str, int, torch.Tensor]]) -> N
         finalize_layerwise_reload(layer.experts, None)
 
 
+def swap_experts(layer: Layer, topk_ids: torch.Tensor) -> torch.Tensor:
+    """Swap the first two experts inside the parameters, as EPLB does; the ids that follow them."""
+    for weight in layer.experts.get_expert_weights():
+        weight[[0, 1]] = weight[[1, 0]]
+    return torch.where(topk_ids == 0, 1, torch.where(topk_ids == 1, 0, topk_ids))
+
+
 def checkpoint_tensors(weights: Any, dialect: str) -> list[tuple[str, str, int, torch.Tensor]]:
     """`(parameter, shard, expert, tensor)` of a checkpoint in a dialect."""
     out: list[tuple[str, str, int, torch.Tensor]] = []

@@ -165,11 +165,8 @@ def _tell(shape: Shape, routing: str, rows: list[report.Row], seconds: float) ->
         for name in (n for n, us in row.rivals.items() if us is None):
             missing.setdefault(f"{name}: {row.notes.get(name, '')}", []).append(row.tokens)
     for text, tokens in missing.items():
-        where = (
-            ""
-            if len(tokens) == len(rows)
-            else f" at {' '.join(map(str, dict.fromkeys(tokens)))} tokens"
-        )
+        counts = " ".join(map(str, dict.fromkeys(tokens)))  # once, by however many clocks
+        where = "" if len(tokens) == len(rows) else f" at {counts} tokens"
         print(f"  not measured{where}: {text}", file=sys.stderr)
     gib = torch.cuda.max_memory_allocated() / 2**30
     print(f"  {shape.name} {routing}: {seconds:.0f} s, {gib:.1f} GiB", file=sys.stderr, flush=True)

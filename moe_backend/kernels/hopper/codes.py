@@ -21,7 +21,6 @@ import torch
 
 from moe_backend.formats.fp8_block import cdiv
 
-MASK = 0x81C081C0  # what bf16 wants of the two halves of a word
 # Where the bits of code n < 4 go, the lowest first; those of n + 4 go half a word further on.
 _PLACES = ((6, 7, 8, 15), (28, 29, 30, 5), (25, 26, 27, 2), (3, 4, 0, 1))
 WORDS_AT_A_TIME = 2**21  # 8 MB come up beside the copy
